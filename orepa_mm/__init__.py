@@ -1,0 +1,28 @@
+"""OREPA (Online Convolutional Re-parameterization, CVPR 2022) for OpenMMLab.
+
+Importing the package registers its conv layer type and backbones, and lets the
+runner's own checkpoints pass PyTorch's safe loading. A missing or broken
+dependency is named in a warning, so that `python -m orepa_mm.doctor`, which
+says what to do, always starts.
+"""
+
+import importlib
+import warnings
+
+from .version import __version__
+
+__all__ = ['__version__']
+
+
+def _register() -> None:
+    for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones'):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a broken installation raises
+            warnings.warn(f'{module} could not be loaded, so OREPA models cannot be built: '
+                          f'{type(error).__name__}: {error}. '
+                          'Run `python -m orepa_mm.doctor` to see what is missing.', stacklevel=3)
+            return
+
+
+_register()

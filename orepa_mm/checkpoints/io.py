@@ -1,0 +1,117 @@
+"""Read checkpoints safely, load them strictly, write files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not what was asked for; the message says what it is."""
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file without running code from it.
+
+    Args:
+        path: A local file written by `torch.save`.
+
+    Returns:
+        The dictionary that it holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged, holds anything but tensors and
+            the plain data of a runner's checkpoint, or is no dictionary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'there is no checkpoint {path}')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f'{path} was not loaded, because it is damaged or holds more than '
+                              f'tensors and plain data: {error}') from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f'{path} is damaged, or no PyTorch checkpoint: {error}') from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
+    return checkpoint
+
+
+def model_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in a checkpoint, whichever common form it has.
+
+    Args:
+        checkpoint: A state dict, or a dictionary with one under `state_dict`;
+            every key may have the prefix `module.`.
+
+    Returns:
+        The state dict, without that prefix.
+
+    Raises:
+        CheckpointError: If there are no tensors in it.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, Mapping):
+        raise CheckpointError('the checkpoint has no dictionary under state_dict')
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise CheckpointError('the checkpoint holds no model weights')
+    if all(key.startswith('module.') for key in state):
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint into a model, strictly.
+
+    Args:
+        model: The model; nothing in it is left at its initial value.
+        path: A local checkpoint file.
+
+    Returns:
+        The whole checkpoint, for its `meta`.
+
+    Raises:
+        CheckpointError: If a key is missing or unknown, or a shape differs.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        model.load_state_dict(model_state_dict(checkpoint), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f'{path} does not belong to this model. {error}') from error
+    return checkpoint
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Write a file under a temporary name; it gets its own only if nothing fails.
+
+    Args:
+        path: The file to be. Its folder is created.
+
+    Yields:
+        The temporary path to write to, in the same folder and with the same suffix.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f'.{path.stem}-', suffix=path.suffix,
+                                         dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+"""The authors' checkpoints: their names turned into ours.
+
+Their ResNets hold each convolution with its BN in one block; OpenMMLab keeps
+them apart. The names inside a block are the same here and there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from .io import CheckpointError, model_state_dict
+
+#: (has three convolutions per block, blocks per stage) of the published ResNets.
+_ARCHITECTURES = {
+    18: (False, (2, 2, 2, 2)),
+    34: (False, (3, 4, 6, 3)),
+    50: (True, (3, 4, 6, 3)),
+    101: (True, (3, 4, 23, 3)),
+}
+
+_BN_KEYS = frozenset(nn.BatchNorm2d(1).state_dict())
+_BLOCK_KEYS = {
+    kind: frozenset(layer.state_dict()) for kind, layer in {
+        'OREPA': OREPAConv2d(1, 1, 3, bias=False, device='meta'),
+        'OREPA_1x1': OREPAConv1x1(1, 1, bias=False, device='meta'),
+        'plain': nn.Conv2d(1, 1, 1, bias=False, device='meta'),
+    }.items()
+}
+
+
+def convert_official_block(
+    state_dict: Mapping[str, Tensor], where: str = ''
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split one block of the authors into its convolution and its BN.
+
+    Args:
+        state_dict: The block's keys, without prefix: of `OREPA`, `OREPA_1x1`,
+            `OREPA_LargeConv` or a plain convolution with BN.
+        where: The block's prefix in the file, named in errors.
+
+    Returns:
+        State dict of the `OREPAConv2d`, `OREPAConv1x1`, `OREPAStemConv2d` or
+        `nn.Conv2d`, and state dict of the BN.
+
+    Raises:
+        CheckpointError: If a key is unknown or missing; it is named.
+    """
+    conv = {key: value for key, value in state_dict.items() if not key.startswith('bn.')}
+    bn = {key[3:]: value for key, value in state_dict.items() if key.startswith('bn.')}
+    plain = any(key.startswith('conv.') for key in conv)
+    if plain:
+        expected = {f'conv.{key}' for key in _BLOCK_KEYS['plain']}
+    elif any(re.match(r'weight\d+\.', key) for key in conv):
+        numbers = {int(m[1]) for key in conv if (m := re.match(r'weight(\d+)\.', key))}
+        expected = {f'weight{n}.{key}' for n in range(max(numbers) + 1)
+                    for key in _BLOCK_KEYS['OREPA']}
+    elif any(key.startswith('weight_or1x1_') for key in conv):
+        expected = _BLOCK_KEYS['OREPA_1x1']
+    else:
+        expected = _BLOCK_KEYS['OREPA']
+    _check_keys(conv.keys() | {f'bn.{key}' for key in bn},
+                expected | {f'bn.{key}' for key in _BN_KEYS}, where)
+    if plain:
+        conv = {key.removeprefix('conv.'): value for key, value in conv.items()}
+    return conv, bn
+
+
+def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Turn the authors' ResNet or ResNeXt weights into ours.
+
+    Args:
+        checkpoint: What their file holds: a state dict, or a dictionary with
+            one under `state_dict`, with or without the prefix `module.`.
+
+    Returns:
+        State dict of an image classifier: `backbone.*` for `OREPAResNet` or
+        `OREPAResNeXt`, and `head.fc.*`. The tensors are not copied.
+
+    Raises:
+        CheckpointError: If a key is unknown or missing; it is named.
+    """
+    state = model_state_dict(checkpoint)
+    blocks: dict[str, dict[str, Tensor]] = {}
+    rest = dict(state)
+    converted: dict[str, Tensor] = {}
+    for source, conv_name, bn_name in _block_names(_depth_of(state)):
+        blocks[source] = {key[len(source) + 1:]: rest.pop(key) for key in state
+                          if key.startswith(f'{source}.')}
+        if not blocks[source]:
+            raise CheckpointError(f'the checkpoint has no {source}.*: it is truncated')
+        conv, bn = convert_official_block(blocks[source], source)
+        converted.update({f'backbone.{conv_name}.{key}': value for key, value in conv.items()})
+        converted.update({f'backbone.{bn_name}.{key}': value for key, value in bn.items()})
+    _check_keys(rest.keys(), {'linear.weight', 'linear.bias'}, '')
+    converted.update({'head.fc.weight': rest['linear.weight'], 'head.fc.bias': rest['linear.bias']})
+    return converted
+
+
+def _depth_of(state: Mapping[str, Tensor]) -> int:
+    """The depth of the ResNet with these keys in the authors' names."""
+    numbers = [{int(m[1]) for key in state if (m := re.match(rf'stage{stage}\.(\d+)\.conv', key))}
+               for stage in range(1, 5)]
+    blocks = tuple(max(found, default=-1) + 1 for found in numbers)
+    bottleneck = any(re.match(r'stage\d\.\d+\.conv3\.', key) for key in state)
+    for depth, architecture in _ARCHITECTURES.items():
+        if architecture == (bottleneck, blocks):
+            return depth
+    first = ', '.join(list(state)[:3])
+    raise CheckpointError(
+        'this is no OREPA ResNet-18/34/50/101 or ResNeXt-50 of the authors: it has '
+        f'{blocks} blocks in stage1 to stage4 and begins with the keys {first}')
+
+
+def _block_names(depth: int) -> Iterator[tuple[str, str, str]]:
+    """(the authors' block, our convolution, our BN) for every block of a ResNet."""
+    bottleneck, stage_blocks = _ARCHITECTURES[depth]
+    yield 'stage0.conv1', 'conv1', 'bn1'
+    for stage, count in enumerate(stage_blocks, start=1):
+        for index in range(count):
+            source, target = f'stage{stage}.{index}', f'layer{stage}.{index}'
+            for n in range(1, 4 if bottleneck else 3):
+                yield f'{source}.conv{n}', f'{target}.conv{n}', f'{target}.bn{n}'
+            if index == 0 and (bottleneck or stage > 1):
+                yield f'{source}.shortcut', f'{target}.downsample.0', f'{target}.downsample.1'
+
+
+def _check_keys(found: Any, expected: Any, where: str) -> None:
+    prefix = f'{where}.' if where else ''
+    for problem, keys in (('an unknown key', set(found) - set(expected)),
+                          ('no key', set(expected) - set(found))):
+        if keys:
+            names = ', '.join(f'{prefix}{key}' for key in sorted(keys)[:5])
+            more = f' and {len(keys) - 5} more' if len(keys) > 5 else ''
+            raise CheckpointError(f'the checkpoint has {problem} {names}{more}')

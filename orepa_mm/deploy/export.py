@@ -1,0 +1,104 @@
+"""Write a re-parameterized model as a checkpoint and a config of the stock model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, Registry
+from torch import nn
+
+from ..checkpoints import written_whole
+from .reparameterize import is_training_form
+
+_PACKAGE = __name__.partition('.')[0]
+
+
+def deploy_config(cfg: Config) -> Config:
+    """The config of the stock model, which needs nothing of this package.
+
+    Args:
+        cfg: A config with OREPA backbones or OREPA conv layers; its scope's
+            modules must be imported.
+
+    Returns:
+        A new config: stock backbone types, no OREPA `conv_cfg`, no pretrained
+        weights, no import of this package.
+    """
+    content = copy.deepcopy(cfg.to_dict())
+    registry = _model_registry()
+    content['model'] = _stock_model(content['model'], registry)
+    imports = content.get('custom_imports')
+    if imports:
+        names = imports['imports']
+        kept = [name for name in ([names] if isinstance(names, str) else names)
+                if name.partition('.')[0] != _PACKAGE]
+        if kept:
+            imports['imports'] = kept
+        else:
+            del content['custom_imports']
+    for key in ('load_from', 'resume', 'work_dir', 'launcher'):
+        content.pop(key, None)
+    return Config(content)
+
+
+def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
+                  meta: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Write `model.pth` and `config.py`; the checkpoint holds tensors and plain types only.
+
+    Args:
+        model: In deploy form.
+        cfg: From `deploy_config`.
+        folder: Where to write; created if it is missing.
+        meta: Plain types, stored under `meta`.
+
+    Returns:
+        Paths of the checkpoint and of the config.
+
+    Raises:
+        ValueError: If the model is in training form.
+    """
+    if is_training_form(model):
+        raise ValueError('the model is in training form: re-parameterize it before saving')
+    folder = Path(folder)
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    with written_whole(folder / 'model.pth') as path:
+        torch.save({'meta': dict(meta), 'state_dict': state}, path)
+    with written_whole(folder / 'config.py') as path:
+        cfg.dump(str(path))
+    return folder / 'model.pth', folder / 'config.py'
+
+
+def _model_registry() -> Registry:
+    """The model registry of the current scope, e.g. mmdet's."""
+    from mmengine.registry import MODELS
+
+    scope = DefaultScope.get_current_instance()
+    with MODELS.switch_scope_and_registry(scope.scope_name if scope else None) as registry:
+        return registry
+
+
+def _stock_model(value: Any, registry: Registry) -> Any:
+    """A model config with everything of this package replaced by what is stock."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_stock_model(item, registry) for item in value)
+    if not isinstance(value, dict):
+        return value
+    result = {key: _stock_model(item, registry) for key, item in value.items()
+              if not (key == 'conv_cfg' and _is_ours(item, registry))}
+    if _is_ours(value, registry):
+        result['type'] = registry.get(value['type']).stock_type
+        result.pop('deploy', None)
+        result['init_cfg'] = None
+    return result
+
+
+def _is_ours(value: Any, registry: Registry) -> bool:
+    """Whether a config's `type` is defined in this package."""
+    name = value.get('type') if isinstance(value, dict) else None
+    found = registry.get(name) if isinstance(name, str) else name
+    return getattr(found, '__module__', '').partition('.')[0] == _PACKAGE

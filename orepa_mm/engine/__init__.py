@@ -1,0 +1,7 @@
+"""Running OpenMMLab configs: arguments, config, runner."""
+
+from .launch import (add_config_arguments, build_runner, build_test_runner, check_pretrained,
+                     load_config)
+
+__all__ = ['add_config_arguments', 'build_runner', 'build_test_runner', 'check_pretrained',
+           'load_config']

@@ -1,0 +1,143 @@
+"""From command-line arguments to a runner: what the tools share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
+
+from ..checkpoints import load_weights
+from ..datasets import apply_data_root
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which config to run, on which data, and how.
+
+    Args:
+        parser: The tool's parser; mmdet's names and meanings.
+    """
+    parser.add_argument('config', help='config file')
+    add = parser.add_argument
+    add('--work-dir', help='folder for logs and results; work_dirs/<config name> by default')
+    add('--data-root', help='folder in COCO layout (annotations/instances_train2017.json, '
+        'train2017/, ...) to use instead of the one in the config; class names are read from it')
+    add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        help='override settings of the config, e.g. train_dataloader.batch_size=4 '
+        'or key="[(a,b),(c,d)]"')
+    add('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+        help='how the processes of a distributed run are started')
+    # torch.distributed.launch passes --local-rank, older ones --local_rank
+    add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments name, with everything they override.
+
+    Args:
+        args: Parsed arguments of `add_config_arguments`.
+
+    Returns:
+        The config, its work folder set and its custom modules imported.
+
+    Raises:
+        FileNotFoundError: If there is no such config file.
+        DataRootError: See `apply_data_root`.
+    """
+    if not Path(args.config).is_file():
+        raise FileNotFoundError(f'there is no config file {args.config}')
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.data_root is not None:
+        apply_data_root(cfg, args.data_root)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if cfg.get('custom_imports'):
+        import_modules_from_strings(**cfg.custom_imports)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner of a config; on the CPU, distributed runs work as well.
+
+    Args:
+        cfg: From `load_config`.
+    """
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        _prepare_cpu_processes(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def build_test_runner(cfg: Config, checkpoint: str | Path) -> Runner:
+    """Build a runner for testing whose model is loaded strictly.
+
+    Args:
+        cfg: From `load_config`.
+        checkpoint: A local checkpoint file.
+
+    Raises:
+        CheckpointError: If the file does not belong to the config's model.
+    """
+    cfg.load_from = None
+    cfg.resume = False
+    runner = build_runner(cfg)
+    model = runner.model.module if hasattr(runner.model, 'module') else runner.model
+    checkpoint = load_weights(model, checkpoint)
+    dataset_meta = checkpoint.get('meta', {}).get('dataset_meta')
+    if dataset_meta is not None:
+        model.dataset_meta = dataset_meta
+    # Not through the runner: it would load again, and warn instead of failing.
+    runner._has_loaded = True
+    return runner
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Fail before the data are read if a file of pretrained weights is missing.
+
+    Args:
+        cfg: A training config.
+
+    Raises:
+        FileNotFoundError: It says where the file comes from, and how to do without.
+    """
+    for where, init_cfg in _init_cfgs(cfg.model, 'model'):
+        path = init_cfg.get('checkpoint', '')
+        if init_cfg.get('type') == 'Pretrained' and '://' not in path and not Path(path).is_file():
+            raise FileNotFoundError(
+                f'{where}.init_cfg asks for the pretrained weights {path}, which is no file.\n'
+                'Make it from a checkpoint of the OREPA authors with\n'
+                f'  mim run orepa_mm convert_checkpoint AUTHORS_FILE {path}\n'
+                f'or train from scratch with\n  --cfg-options {where}.init_cfg=None '
+                f'{where}.frozen_stages=-1 {where}.norm_eval=False')
+
+
+def _init_cfgs(value: object, where: str) -> Iterator[tuple[str, dict]]:
+    if isinstance(value, dict):
+        found = value.get('init_cfg')
+        for init_cfg in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(init_cfg, dict):
+                yield where, init_cfg
+        for key, item in value.items():
+            if key != 'init_cfg':
+                yield from _init_cfgs(item, f'{where}.{key}')
+
+
+def _prepare_cpu_processes(cfg: Config) -> None:
+    """Start gloo here: MMEngine's own way to it asks for a CUDA device."""
+    if not torch.distributed.is_initialized() and 'RANK' in os.environ:
+        torch.distributed.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None))

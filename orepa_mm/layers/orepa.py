@@ -1,0 +1,280 @@
+"""The OREPA blocks: k x k, 1 x 1, and the linear deep stem.
+
+Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022.
+Parameter names are those of the authors' implementation, so that a block of
+their checkpoints loads as it is, without its BN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import squeeze
+from .base import ReparamConv2d
+
+
+class _BranchedConv2d(ReparamConv2d):
+    """What the two branched blocks share: scaling vectors and init options.
+
+    Args:
+        *args: As of `torch.nn.Conv2d`.
+        single_init: Start from the origin branch alone: its scale 1, all others 0.
+        init_hyper_gamma: The initial scales are multiplied by its square root.
+        init_hyper_para: The initial branch weights are multiplied by it.
+        **kwargs: As of `torch.nn.Conv2d`.
+    """
+
+    #: Initial scale of every branch, one row of `vector` each.
+    initial_scales: tuple[float, ...]
+
+    def __init__(self, *args: Any, single_init: bool = False, init_hyper_gamma: float = 1.0,
+                 init_hyper_para: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.single_init = single_init
+        self.init_hyper_gamma = init_hyper_gamma
+        self.init_hyper_para = init_hyper_para
+
+    def branch_kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The kernel of every branch, without its scale, in the order of `vector`.
+
+        Args:
+            dtype: Type to compute in; the parameters' own by default.
+
+        Returns:
+            One kernel of shape `(o, i, k, k)` per branch.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must implement branch_kernels()')
+
+    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Sum of the scaled branch kernels, `(o, i, k, k)`; see the base class."""
+        scales = self.vector.to(dtype or self.vector.dtype)
+        return squeeze.sum_branches(self.branch_kernels(dtype), scales)
+
+    def _new_parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, **self._factory_kwargs))
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        options = self._factory_kwargs
+        return tensor.to(options['device'], options['dtype'] or torch.get_default_dtype())
+
+    def _reset_scales(self) -> None:
+        for row, scale in zip(self.vector, self.initial_scales):
+            nn.init.constant_(row, scale * math.sqrt(self.init_hyper_gamma))
+        if self.single_init:
+            nn.init.zeros_(self.vector)
+            nn.init.ones_(self.vector[0])
+
+    def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """Own parameters and buffers by name, converted to `dtype`."""
+        dtype = dtype or self.vector.dtype
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: tensor.to(dtype) for name, tensor in named.items()}
+
+
+class OREPAConv2d(_BranchedConv2d):
+    """The OREPA block: a `k x k` convolution squeezed from six branches.
+
+    Branches, in the order of the rows of `vector`: the original kernel, 1 x 1
+    with average, 1 x 1 with frequency prior, 1 x 1 then k x k, 1 x 1, and
+    depthwise-separable. Paper, figure 4.
+
+    Args:
+        in_channels: `I`.
+        out_channels: `o`.
+        kernel_size: `k`, odd.
+        *args: `stride`, `padding`, `dilation`, `groups`, `bias`, `padding_mode`,
+            `device`, `dtype`, as of `torch.nn.Conv2d`.
+        single_init: Start from the origin branch alone.
+        init_hyper_gamma: Multiplies the initial scales by its square root.
+        init_hyper_para: Multiplies the initial branch weights; the two factors
+            of the depthwise-separable branch by its square root each.
+        **kwargs: The same arguments by name.
+
+    Attributes:
+        vector: Scaling vectors, `(6, o)`.
+        weight_orepa_origin: `(o, i, k, k)`.
+        weight_orepa_avg_conv: `(o, i, 1, 1)`.
+        weight_orepa_pfir_conv: `(o, i, 1, 1)`.
+        weight_orepa_1x1: `(o, i, 1, 1)`.
+        weight_orepa_1x1_kxk_idconv1: `(t, i, 1, 1)`, added to the identity;
+            `t` is `I` for up to 4 groups, else `2 I`.
+        weight_orepa_1x1_kxk_conv2: `(o, t/g, k, k)`.
+        weight_orepa_gconv_dw: `(8 I, 1, k, k)`.
+        weight_orepa_gconv_pw: `(o, 8 i, 1, 1)`.
+    """
+
+    initial_scales = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
+    expansion = 8
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+                 *args: Any, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        o, k, g = self.out_channels, self.kernel_size[0], self.groups
+        i = self.in_channels // g
+        t = self.in_channels if g <= 4 else 2 * self.in_channels
+        e = self.expansion
+
+        self.weight_orepa_origin = self._new_parameter(o, i, k, k)
+        self.weight_orepa_avg_conv = self._new_parameter(o, i, 1, 1)
+        self.weight_orepa_pfir_conv = self._new_parameter(o, i, 1, 1)
+        self.weight_orepa_1x1 = self._new_parameter(o, i, 1, 1)
+        self.weight_orepa_1x1_kxk_idconv1 = self._new_parameter(t, i, 1, 1)
+        self.weight_orepa_1x1_kxk_conv2 = self._new_parameter(o, t // g, k, k)
+        self.weight_orepa_gconv_dw = self._new_parameter(e * self.in_channels, 1, k, k)
+        self.weight_orepa_gconv_pw = self._new_parameter(o, e * i, 1, 1)
+        self.vector = self._new_parameter(len(self.initial_scales), o)
+        self.register_buffer('weight_orepa_avg_avg', self._constant(torch.full((k, k), 1 / k**2)))
+        self.register_buffer('weight_orepa_prior', self._constant(squeeze.frequency_prior(o, k)))
+        self.register_buffer('id_tensor', self._constant(squeeze.identity_pointwise(t, i)))
+        self.reset_parameters()
+
+    def reset_branches(self) -> None:
+        """Kaiming-uniform weights, the identity-based 1 x 1 at zero, scales as published."""
+        para = self.init_hyper_para
+        for name, weight in self.named_parameters(recurse=False):
+            if name.startswith('weight_orepa_'):
+                nn.init.kaiming_uniform_(weight, a=0.0)
+                weight.mul_(math.sqrt(para) if '_gconv_' in name else para)
+        nn.init.zeros_(self.weight_orepa_1x1_kxk_idconv1)
+        self._reset_scales()
+
+    def branch_kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The six kernels, each `(o, i, k, k)`; see the base class."""
+        w = self._tensors(dtype)
+        return (
+            w['weight_orepa_origin'],
+            squeeze.squeeze_average(w['weight_orepa_avg_conv'], w['weight_orepa_avg_avg']),
+            squeeze.squeeze_prior(w['weight_orepa_pfir_conv'], w['weight_orepa_prior']),
+            squeeze.squeeze_sequential(w['weight_orepa_1x1_kxk_idconv1'] + w['id_tensor'],
+                                       w['weight_orepa_1x1_kxk_conv2'], self.groups),
+            squeeze.pad_pointwise(w['weight_orepa_1x1'], self.kernel_size[0]),
+            squeeze.squeeze_depthwise_separable(
+                w['weight_orepa_gconv_dw'], w['weight_orepa_gconv_pw'], self.groups,
+                self.expansion),
+        )
+
+
+class OREPAConv1x1(_BranchedConv2d):
+    """The OREPA block for a 1 x 1 convolution: one kernel plus a product of two.
+
+    The factor that is square starts as the identity; it is an ordinary
+    trainable parameter, as the authors' is. They define the block for one
+    group; with more, each group is such a block.
+
+    Args:
+        in_channels: `I`.
+        out_channels: `o`.
+        kernel_size: 1.
+        *args: As of `torch.nn.Conv2d`.
+        single_init: Start from the origin branch alone.
+        init_hyper_gamma: Multiplies the initial scales by its square root.
+        init_hyper_para: Multiplies the initial weights other than the identity.
+        **kwargs: The same arguments by name.
+
+    Attributes:
+        vector: Scaling vectors, `(2, o)`.
+        weight_or1x1_origin: `(o, i, 1, 1)`.
+        weight_or1x1_l2i_conv1: First factor, `(I, i, 1, 1)` if `o > I` else `(o, i, 1, 1)`.
+        weight_or1x1_l2i_conv2: Second factor, `(o, i, 1, 1)` if `o > I` else `(o, o/g, 1, 1)`.
+
+    Raises:
+        ValueError: If `kernel_size` is not 1.
+    """
+
+    initial_scales = (1.0, 0.5)
+
+    def __init__(self, in_channels: int, out_channels: int,
+                 kernel_size: int | tuple[int, int] = 1, *args: Any, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        if self.kernel_size != (1, 1):
+            raise ValueError(f'OREPAConv1x1 is a 1 x 1 convolution, got kernel_size={kernel_size}')
+        i = self.in_channels // self.groups
+        t = min(self.in_channels, self.out_channels)
+
+        self.weight_or1x1_origin = self._new_parameter(self.out_channels, i, 1, 1)
+        self.weight_or1x1_l2i_conv1 = self._new_parameter(t, i, 1, 1)
+        self.weight_or1x1_l2i_conv2 = self._new_parameter(self.out_channels, t // self.groups, 1, 1)
+        self.vector = self._new_parameter(len(self.initial_scales), self.out_channels)
+        self.reset_parameters()
+
+    def reset_branches(self) -> None:
+        """Kaiming-uniform (a = 1) weights, the square factor as identity, scales as published."""
+        square, free = self.weight_or1x1_l2i_conv2, self.weight_or1x1_l2i_conv1
+        if self.out_channels > self.in_channels:
+            square, free = free, square
+        for weight in (self.weight_or1x1_origin, free):
+            nn.init.kaiming_uniform_(weight, a=1.0).mul_(self.init_hyper_para)
+        square.copy_(squeeze.identity_pointwise(*square.shape[:2]))
+        self._reset_scales()
+
+    def branch_kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The two kernels, each `(o, i, 1, 1)`; see the base class."""
+        w = self._tensors(dtype)
+        return (
+            w['weight_or1x1_origin'],
+            squeeze.squeeze_sequential(w['weight_or1x1_l2i_conv1'], w['weight_or1x1_l2i_conv2'],
+                                       self.groups),
+        )
+
+
+class OREPAStemConv2d(ReparamConv2d):
+    """The linear deep stem: a large kernel composed of a chain of OREPA 3 x 3 kernels.
+
+    Stride, padding and dilation belong to the one large convolution. Paper,
+    section 3.4; the authors' class is `OREPA_LargeConv`.
+
+    Args:
+        in_channels: `I`.
+        out_channels: `o`.
+        kernel_size: `k`, odd and larger than 3; `(k - 1) / 2` kernels are chained.
+        *args: As of `torch.nn.Conv2d`.
+        single_init: Passed to every 3 x 3 kernel generator.
+        init_hyper_gamma: Passed to every 3 x 3 kernel generator.
+        init_hyper_para: Passed to every 3 x 3 kernel generator.
+        **kwargs: The same arguments by name.
+
+    Attributes:
+        weight0: Generator of the first kernel, `(o, I, 3, 3)`; `weight1` and so on
+            of the following, `(o, o, 3, 3)`.
+
+    Raises:
+        ValueError: If `kernel_size` is not larger than 3 or `groups` is not 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+                 *args: Any, single_init: bool = False, init_hyper_gamma: float = 1.0,
+                 init_hyper_para: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        if self.kernel_size[0] <= 3:
+            raise ValueError('OREPAStemConv2d needs a kernel larger than 3 x 3 '
+                             f'(OREPAConv2d is the block for 3 x 3), got {kernel_size}')
+        if self.groups != 1:
+            raise ValueError('OREPAStemConv2d has no meaning with more than one group, '
+                             f'got groups={self.groups}; use OREPAConv2d')
+        self.depth = (self.kernel_size[0] - 1) // 2
+        options = dict(single_init=single_init, init_hyper_gamma=init_hyper_gamma,
+                       init_hyper_para=init_hyper_para, bias=False,
+                       **self._factory_kwargs)
+        for j in range(self.depth):
+            generator = OREPAConv2d(in_channels if j == 0 else out_channels, out_channels, 3,
+                                    **options)
+            self.add_module(f'weight{j}', generator)
+        self.reset_parameters()
+
+    @property
+    def generators(self) -> list[OREPAConv2d]:
+        """The generators of the chained 3 x 3 kernels, in order."""
+        return [getattr(self, f'weight{j}') for j in range(self.depth)]
+
+    def reset_branches(self) -> None:
+        """Initialise every generator as an `OREPAConv2d`."""
+        for generator in self.generators:
+            generator.reset_parameters()
+
+    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The composed kernel, `(o, I, k, k)`; see the base class."""
+        return squeeze.compose_stem([generator.squeeze(dtype) for generator in self.generators])

@@ -1,0 +1,180 @@
+"""Squeezing: pure functions from branch weights to one convolution kernel.
+
+Every function takes and returns tensors, is differentiable, and keeps dtype and
+device. Shapes use the letters of the paper: `o` output channels, `I` input
+channels, `g` groups, `i = I / g`, `k` kernel size, `t` hidden channels.
+
+Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022,
+section 3.3 (squeezing rules) and appendix (block design).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def frequency_prior(out_channels: int, kernel_size: int) -> Tensor:
+    """The fixed cosine window of the frequency-prior branch.
+
+    The first half of the channels holds cosines along the height, the second
+    half along the width, of a frequency that grows with the channel index.
+
+    Args:
+        out_channels: `o`.
+        kernel_size: `k`. The paper uses 3; the basis is the same for any `k`.
+
+    Returns:
+        Float32 tensor of shape `(o, k, k)`.
+    """
+    half = out_channels / 2
+    channel = torch.arange(out_channels, dtype=torch.float64)
+    frequency = torch.where(channel < half, channel + 1, channel + 1 - half)
+    position = torch.arange(kernel_size, dtype=torch.float64) + 0.5
+    wave = torch.cos(math.pi / kernel_size * frequency[:, None] * position)  # (o, k)
+    prior = torch.empty(out_channels, kernel_size, kernel_size, dtype=torch.float64)
+    prior[channel < half] = wave[channel < half][:, :, None]
+    prior[channel >= half] = wave[channel >= half][:, None, :]
+    return prior.float()
+
+
+def identity_pointwise(hidden_channels: int, group_in_channels: int) -> Tensor:
+    """A 1 x 1 kernel that copies input channel `r mod i` to hidden channel `r`.
+
+    Args:
+        hidden_channels: `t`.
+        group_in_channels: `i`.
+
+    Returns:
+        Float32 tensor of shape `(t, i, 1, 1)`.
+    """
+    identity = torch.zeros(hidden_channels, group_in_channels, 1, 1)
+    rows = torch.arange(hidden_channels)
+    identity[rows, rows % group_in_channels] = 1
+    return identity
+
+
+def sum_branches(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
+    """Sum of the branch kernels, each scaled along its output channels.
+
+    Args:
+        kernels: `n` kernels of shape `(o, i, k, k)`.
+        scales: Scaling vectors, `(n, o)`.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    total = kernels[0] * scales[0].view(-1, 1, 1, 1)
+    for kernel, scale in zip(kernels[1:], scales[1:]):
+        total = torch.addcmul(total, kernel, scale.view(-1, 1, 1, 1))
+    return total
+
+
+def squeeze_average(pointwise: Tensor, window: Tensor) -> Tensor:
+    """Kernel of a 1 x 1 convolution followed by an average over `k x k`.
+
+    Args:
+        pointwise: `(o, i, 1, 1)`.
+        window: The averaging window, `(k, k)`, each value `1 / k**2`.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    return pointwise * window
+
+
+def squeeze_prior(pointwise: Tensor, prior: Tensor) -> Tensor:
+    """Kernel of a 1 x 1 convolution followed by the frequency prior.
+
+    Args:
+        pointwise: `(o, i, 1, 1)`.
+        prior: `(o, k, k)`, see `frequency_prior`.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    return pointwise * prior.unsqueeze(1)
+
+
+def pad_pointwise(pointwise: Tensor, kernel_size: int) -> Tensor:
+    """A 1 x 1 kernel as a `k x k` kernel that is zero around its centre.
+
+    Args:
+        pointwise: `(o, i, 1, 1)`.
+        kernel_size: `k`, odd.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    margin = kernel_size // 2
+    return F.pad(pointwise, [margin] * 4)
+
+
+def squeeze_sequential(pointwise: Tensor, conv: Tensor, groups: int = 1) -> Tensor:
+    """Kernel of a 1 x 1 convolution followed by a `k x k` convolution.
+
+    Args:
+        pointwise: First kernel, `(t, i, 1, 1)`.
+        conv: Second kernel, `(o, t/g, k, k)`.
+        groups: `g`, of both convolutions.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    hidden, group_in = pointwise.shape[:2]
+    out, group_hidden, height, width = conv.shape
+    first = pointwise.reshape(groups, hidden // groups, group_in)
+    second = conv.reshape(groups, out // groups, group_hidden, height, width)
+    kernel = torch.einsum('gti,gothw->goihw', first, second)
+    return kernel.reshape(out, group_in, height, width)
+
+
+def squeeze_depthwise_separable(
+    depthwise: Tensor, pointwise: Tensor, groups: int = 1, expansion: int = 8
+) -> Tensor:
+    """Kernel of a depthwise `k x k` convolution followed by a 1 x 1 convolution.
+
+    The depthwise convolution expands each input channel `e` times. The authors
+    split the OUTPUT axis of `pointwise` as `(o/g, g)`, the group running
+    fastest, unlike an ordinary grouped convolution; their checkpoints need it.
+
+    Args:
+        depthwise: `(e*I, 1, k, k)`.
+        pointwise: `(o, e*i, 1, 1)`.
+        groups: `g`.
+        expansion: `e`.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    out, group_expanded = pointwise.shape[:2]
+    group_in = group_expanded // expansion
+    height, width = depthwise.shape[-2:]
+    spatial = depthwise.reshape(groups, group_in, expansion, height, width)
+    mix = pointwise.reshape(out // groups, groups, group_in, expansion)
+    kernel = torch.einsum('gbehw,agbe->gabhw', spatial, mix)
+    return kernel.reshape(out, group_in, height, width)
+
+
+def compose_stem(kernels: Sequence[Tensor]) -> Tensor:
+    """Kernel of the linear deep stem: a chain of 3 x 3 kernels as one large kernel.
+
+    The composition is a cross-correlation in weight space, without a flip, so
+    it is the definition of the stem and not a stack of three layers (paper,
+    section 3.4).
+
+    Args:
+        kernels: `n` kernels, the first `(o, I, 3, 3)`, the others `(o, o, 3, 3)`.
+
+    Returns:
+        Kernel of shape `(o, I, k, k)`, where `k = 2 n + 1`.
+    """
+    first, *others = kernels
+    composed = first.transpose(0, 1)
+    for kernel in others:
+        composed = F.conv2d(composed, kernel, padding=2)
+    return composed.transpose(0, 1)

@@ -1,0 +1,234 @@
+"""Build the project's virtual environment, one resumable step at a time.
+
+Standard library only: this runs before anything is installed. Each finished
+step leaves a stamp in the environment, so that a second call skips it and an
+interrupted call goes on where it stopped. mmcv exists on the package index as
+source only; its wheel is compiled once and kept in a cache outside the project,
+keyed by everything that its binary depends on.
+
+Usage: python requirements/install.py [--venv .venv] [--cache DIR]
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / 'requirements' / 'constraints.txt'
+DEFAULT_CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'orepa_mm'
+
+PYTHONS = ('3.10', '3.11', '3.12')
+# pip 25.3 dropped the legacy editable install, the only one that mim can follow.
+PIP = 'pip>=23,<25.3'
+MMCV = '2.1.0'
+TORCH = ['torch==2.12.1', 'torchvision==0.27.1', 'setuptools==79.0.1',
+         'wheel', 'ninja', 'psutil', 'packaging']
+OPENMMLAB = ['mmengine==0.10.7', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0',
+             'ftfy', 'regex', 'openmim==0.3.9', 'openxlab==0.0.11']
+DEVELOPMENT = ['pytest==9.0.3', 'ruff==0.14.5']
+
+
+class SetupError(RuntimeError):
+    """A set-up step failed; the message says which and what to do."""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(command: list, **kwargs) -> None:
+    """Run a command, streaming its output; raise `SetupError` on failure."""
+    code = subprocess.call([str(part) for part in command], **kwargs)
+    if code:
+        raise SetupError(f'this command ended with code {code}:\n  '
+                         + ' '.join(str(part) for part in command))
+
+
+def version_of(python: str) -> str | None:
+    """'3.11' for a Python that starts, None otherwise."""
+    try:
+        return subprocess.run(
+            [python, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'],
+            capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def find_python() -> str:
+    """This Python if its version will do, else the newest one on PATH that does."""
+    for python in [sys.executable] + [f'python{v}' for v in reversed(PYTHONS)]:
+        if version_of(python) in PYTHONS:
+            return python
+    raise SetupError(f'Python {PYTHONS[0]} to {PYTHONS[-1]} is needed (torch and mmcv are '
+                     f'pinned to them), but this is {sys.version.split()[0]} and no other was '
+                     'found on PATH. Install one and call: make setup PYTHON=/path/to/python3.11')
+
+
+@contextmanager
+def locked(path: Path):
+    """Hold an exclusive lock, so that two set-ups do not compile in one folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w') as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f'    waiting for another set-up that holds {path}')
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class Environment:
+    """A virtual environment whose finished steps are remembered in a stamp file."""
+
+    def __init__(self, path: Path, cache: Path) -> None:
+        self.path, self.cache = path, cache
+        self.python = path / 'bin' / 'python'
+        self.stamp_file = path / 'setup.json'
+
+    def create(self) -> None:
+        # Scripts in an environment hold its absolute path: a moved one is rebuilt.
+        python = find_python()
+        identity = f'{self.path.resolve()} {version_of(python)}'
+        if self._stamps().get('environment') == identity and version_of(str(self.python)):
+            return
+        say(f'    creating {self.path} with Python {version_of(python)}')
+        if self.path.exists() and not (self.path / 'pyvenv.cfg').exists():
+            raise SetupError(f'{self.path} exists and is no virtual environment: move it away.')
+        run([python, '-m', 'venv', '--clear', self.path])
+        self._write_stamps({'environment': identity})
+
+    def step(self, name: str, key: list, action) -> None:
+        """Run `action` unless it was already done with the same `key`."""
+        digest = hashlib.sha256(json.dumps([str(k) for k in key]).encode()).hexdigest()
+        if self._stamps().get(name) == digest:
+            say(f'    {name}: already done')
+            return
+        say(f'    {name} ...')
+        start = time.time()
+        action()
+        self._write_stamps({**self._stamps(), name: digest})
+        say(f'    {name}: done in {time.time() - start:.0f} s')
+
+    def pip_install(self, *arguments) -> None:
+        run([self.python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments])
+
+    def ask(self, code: str) -> str:
+        """What `print(...)` of this environment's Python says."""
+        return subprocess.run([str(self.python), '-c', code], check=True, text=True,
+                              capture_output=True).stdout.strip()
+
+    def _stamps(self) -> dict:
+        try:
+            return json.loads(self.stamp_file.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _write_stamps(self, stamps: dict) -> None:
+        temporary = self.stamp_file.with_suffix('.tmp')
+        temporary.write_text(json.dumps(stamps, indent=1))
+        temporary.replace(self.stamp_file)
+
+
+def mmcv_wheel(env: Environment) -> Path:
+    """The compiled mmcv wheel for this environment, from the cache or built into it."""
+    facts = env.ask('import sys, torch, platform; '
+                    'print(f"cp{sys.version_info[0]}{sys.version_info[1]}", torch.__version__, '
+                    'platform.machine(), torch.cuda.is_available())').split()
+    cuda = facts.pop() == 'True' or os.environ.get('FORCE_CUDA', '0') == '1'
+    key = '-'.join([f'mmcv{MMCV}', *facts, 'cuda' if cuda else 'cpu'])
+    folder = env.cache / 'wheels' / key
+    with locked(env.cache / 'wheels' / f'{key}.lock'):
+        if not list(folder.glob('mmcv-*.whl')):
+            build_mmcv(env, folder, cuda)
+        wheel = next(folder.glob('mmcv-*.whl'))
+    say(f'    wheel: {wheel}')
+    return wheel
+
+
+def build_mmcv(env: Environment, folder: Path, cuda: bool) -> None:
+    """Compile mmcv with its operators; an interrupted build goes on where it was."""
+    say(f'    compiling mmcv {MMCV} ({"CUDA" if cuda else "CPU"} operators), once for this torch: '
+        '7 to 13 minutes on 2 cores')
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / 'source' / f'mmcv-{MMCV}'
+    pip = [env.python, '-m', 'pip', '--disable-pip-version-check']
+    if not source.exists():
+        run([*pip, 'download', '--no-binary', ':all:', '--no-deps', '--no-build-isolation',
+             '--no-cache-dir', '-q', '-d', folder / 'source', f'mmcv=={MMCV}'])
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            with tarfile.open(folder / 'source' / f'mmcv-{MMCV}.tar.gz') as archive:
+                archive.extractall(temporary, filter='data')
+            (Path(temporary) / f'mmcv-{MMCV}').rename(source)
+    environment = dict(os.environ, MMCV_WITH_OPS='1', FORCE_CUDA='1' if cuda else '0',
+                       MAX_JOBS=os.environ.get('MAX_JOBS', str(os.cpu_count() or 2)),
+                       # setup.py calls the ninja that lies beside the environment's Python
+                       PATH=f'{env.path.resolve() / "bin"}{os.pathsep}{os.environ["PATH"]}')
+    log_file, built = folder / 'build.log', folder / 'built'
+    command = [*pip, 'wheel', '-v', '--no-build-isolation', '--no-deps', '--no-cache-dir',
+               '-w', built, source]
+    with log_file.open('w') as log:
+        process = subprocess.Popen([str(part) for part in command], env=environment, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for line in process.stdout:
+            log.write(line)
+            done = re.match(r'\s*\[(\d+)/(\d+)\]', line)
+            if done and (int(done[1]) % 10 == 0 or done[1] == done[2]):
+                say(f'      compiled {done[1]} of {done[2]} files')
+    if process.wait():
+        tail = ''.join(log_file.read_text().splitlines(keepends=True)[-30:])
+        raise SetupError(f'mmcv did not compile. The end of {log_file}:\n{tail}\n'
+                         'Is a C++17 compiler installed? (Debian: apt-get install g++)')
+    wheel = next(built.glob('mmcv-*.whl'))
+    wheel.rename(folder / wheel.name)
+    for leftover in (built, folder / 'source'):
+        shutil.rmtree(leftover)
+
+
+def set_up(env: Environment) -> None:
+    constraints = ['-c', CONSTRAINTS]
+    pins = CONSTRAINTS.read_text()
+    say(f'Setting up {env.path} (cache: {env.cache})')
+    env.create()
+    env.step('pip', [PIP], lambda: env.pip_install('-q', PIP))
+    env.step('torch', [TORCH, pins], lambda: env.pip_install(*constraints, *TORCH))
+    env.step('OpenMMLab', [OPENMMLAB, pins], lambda: env.pip_install(*constraints, *OPENMMLAB))
+    env.step('mmcv', [MMCV, TORCH, os.environ.get('FORCE_CUDA', '0')],
+             lambda: env.pip_install('-q', '--no-deps', '--force-reinstall', mmcv_wheel(env)))
+    env.step('test tools', [DEVELOPMENT], lambda: env.pip_install('-q', *constraints, *DEVELOPMENT))
+    env.step('orepa_mm', [(ROOT / 'setup.py').read_text()], lambda: env.pip_install(
+        '-q', '--no-use-pep517', '--no-build-isolation', '--no-deps', '-e', ROOT))
+    env.step('check', [pins, OPENMMLAB, DEVELOPMENT],
+             lambda: run([env.python, '-m', 'orepa_mm.doctor']))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Set up the virtual environment of orepa_mm.')
+    parser.add_argument('--venv', type=Path, default=ROOT / '.venv', help='where to build it')
+    parser.add_argument('--cache', type=Path, default=DEFAULT_CACHE,
+                        help='where the compiled mmcv wheel is kept')
+    args = parser.parse_args()
+    try:
+        set_up(Environment(args.venv, args.cache))
+    except SetupError as error:
+        print(f'\nset-up stopped: {error}\nWhat was done is kept: call the same command again '
+              'to go on.', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\ninterrupted: call the same command again to go on.', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

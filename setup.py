@@ -1,0 +1,65 @@
+"""Packaging of orepa_mm. The configs and tools travel in the wheel, where mim finds them."""
+
+import runpy
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.develop import develop
+
+ROOT = Path(__file__).resolve().parent
+MIM_CONTENT = ('configs', 'tools', 'model-index.yml')
+
+
+class BuildPy(build_py):
+    """Copy what mim looks for into `orepa_mm/.mim` of the wheel."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        for name in MIM_CONTENT:
+            target = Path(self.build_lib) / 'orepa_mm' / '.mim' / name
+            if (ROOT / name).is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(ROOT / name, target,
+                                ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
+            else:
+                self.copy_file(str(ROOT / name), str(target))
+
+
+class Develop(develop):
+    """Link what mim looks for into `orepa_mm/.mim` of the source tree."""
+
+    def run(self):
+        super().run()
+        folder = ROOT / 'orepa_mm' / '.mim'
+        folder.mkdir(exist_ok=True)
+        for name in MIM_CONTENT:
+            link = folder / name
+            if link.is_symlink():
+                link.unlink()
+            link.symlink_to(Path('..') / '..' / name)
+
+
+setup(
+    name='orepa_mm',
+    version=runpy.run_path(str(ROOT / 'orepa_mm' / 'version.py'))['__version__'],
+    description='Online Convolutional Re-parameterization (OREPA) for OpenMMLab',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['orepa_mm', 'orepa_mm.*']),
+    python_requires='>=3.10',
+    install_requires=['torch>=2.6', 'numpy'],
+    # Two stacks share their import names and must never be installed together,
+    # so neither is a hard requirement. mmcv must be built for the torch at hand.
+    extras_require={
+        'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.0.0,<2.2.0', 'mmdet>=3.3.0', 'openmim>=0.3.9',
+                      'setuptools<82'],
+        'test': ['pytest', 'ruff'],
+    },
+    cmdclass={'build_py': BuildPy, 'develop': Develop},
+    zip_safe=False,
+)

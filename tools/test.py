@@ -1,0 +1,37 @@
+"""Test a model, in training form or deployed, from any OpenMMLab config."""
+
+import argparse
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+
+from orepa_mm.engine import add_config_arguments, build_test_runner, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='write the predictions to this .pkl file')
+    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
+    parser.add_argument('--show-dir', help='draw the predictions into this folder')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds per shown image')
+    args = parser.parse_args()
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end in .pkl, got {args.out}')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    if args.show or args.show_dir:
+        cfg = trigger_visualization_hook(cfg, args)
+    runner = build_test_runner(cfg, args.checkpoint)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()
