@@ -27,7 +27,7 @@ $(DEMO)/deployed/report.json: $(DEMO)/train/iter_300.pth
 	    --data-root $(DEMO)/shapes --out $(DEMO)/deployed
 
 $(DEMO)/report.html: $(DEMO)/deployed/report.json
-	$(MIM) run orepa_mm report $(DEMO)
+	$(MIM) run orepa_mm report $(DEMO)/train $(DEMO)/deployed --out $@
 
 test: setup
 	$(BIN)/python -m pytest

@@ -48,6 +48,11 @@ class OREPABackboneMixin:
         replace_with_conv2d(self)
         self.deploy = True
 
+    def train(self, mode: bool = True) -> OREPABackboneMixin:
+        """Set the mode; returns itself, as the stock class forgets to."""
+        super().train(mode)
+        return self
+
     def _freeze_stages(self) -> None:
         super()._freeze_stages()
         if self.frozen_stages >= 0 and not self.deep_stem:

@@ -147,7 +147,8 @@ def _costs(before: nn.Module, after: nn.Module, batch: dict, rounds: int) -> dic
         return model(batch['inputs'], samples, mode='predict')
 
     def squeeze_and_predict(model: nn.Module) -> object:
-        return predict(model.eval())  # eval() drops the kept kernels
+        model.eval()  # drops the kept kernels
+        return predict(model)
 
     multiply_adds = {
         form: count_multiply_adds(lambda model=model: squeeze_and_predict(model))

@@ -150,7 +150,9 @@ def _proposals(model: nn.Module, batch: dict) -> list | None:
 
 
 def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(model).to(dtype).eval()
+    model = copy.deepcopy(model).to(dtype)
+    model.eval()  # a statement of its own: not every backbone's train() returns itself
+    return model
 
 
 def _flatten(value: Any, name: str = '') -> Iterator[tuple[str, Tensor]]:

@@ -38,22 +38,6 @@ class _BranchedConv2d(ReparamConv2d):
         self.init_hyper_gamma = init_hyper_gamma
         self.init_hyper_para = init_hyper_para
 
-    def branch_kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """The kernel of every branch, without its scale, in the order of `vector`.
-
-        Args:
-            dtype: Type to compute in; the parameters' own by default.
-
-        Returns:
-            One kernel of shape `(o, i, k, k)` per branch.
-        """
-        raise NotImplementedError(f'{type(self).__name__} must implement branch_kernels()')
-
-    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Sum of the scaled branch kernels, `(o, i, k, k)`; see the base class."""
-        scales = self.vector.to(dtype or self.vector.dtype)
-        return squeeze.sum_branches(self.branch_kernels(dtype), scales)
-
     def _new_parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, **self._factory_kwargs))
 
@@ -142,20 +126,25 @@ class OREPAConv2d(_BranchedConv2d):
         nn.init.zeros_(self.weight_orepa_1x1_kxk_idconv1)
         self._reset_scales()
 
-    def branch_kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """The six kernels, each `(o, i, k, k)`; see the base class."""
+    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The sum of the six branches, `(o, i, k, k)`; see the base class."""
         w = self._tensors(dtype)
-        return (
-            w['weight_orepa_origin'],
-            squeeze.squeeze_average(w['weight_orepa_avg_conv'], w['weight_orepa_avg_avg']),
-            squeeze.squeeze_prior(w['weight_orepa_pfir_conv'], w['weight_orepa_prior']),
-            squeeze.squeeze_sequential(w['weight_orepa_1x1_kxk_idconv1'] + w['id_tensor'],
-                                       w['weight_orepa_1x1_kxk_conv2'], self.groups),
-            squeeze.pad_pointwise(w['weight_orepa_1x1'], self.kernel_size[0]),
-            squeeze.squeeze_depthwise_separable(
-                w['weight_orepa_gconv_dw'], w['weight_orepa_gconv_pw'], self.groups,
-                self.expansion),
-        )
+        origin, average, prior, sequential, pointwise, separable = w['vector']
+        k = self.kernel_size[0]
+        centre = torch.zeros_like(w['weight_orepa_avg_avg'])
+        centre[k // 2, k // 2] = 1
+        kernel = squeeze.scale_kernel(w['weight_orepa_origin'], origin)
+        kernel = kernel + squeeze.scale_kernel(squeeze.squeeze_sequential(
+            w['weight_orepa_1x1_kxk_idconv1'] + w['id_tensor'],
+            w['weight_orepa_1x1_kxk_conv2'], self.groups), sequential)
+        kernel = kernel + squeeze.squeeze_windows(
+            [w['weight_orepa_avg_conv'], w['weight_orepa_pfir_conv'], w['weight_orepa_1x1']],
+            [average.view(-1, 1, 1) * w['weight_orepa_avg_avg'],
+             prior.view(-1, 1, 1) * w['weight_orepa_prior'],
+             pointwise.view(-1, 1, 1) * centre])
+        return kernel + squeeze.scale_kernel(squeeze.squeeze_depthwise_separable(
+            w['weight_orepa_gconv_dw'], w['weight_orepa_gconv_pw'], self.groups,
+            self.expansion), separable)
 
 
 class OREPAConv1x1(_BranchedConv2d):
@@ -211,14 +200,13 @@ class OREPAConv1x1(_BranchedConv2d):
         square.copy_(squeeze.identity_pointwise(*square.shape[:2]))
         self._reset_scales()
 
-    def branch_kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """The two kernels, each `(o, i, 1, 1)`; see the base class."""
+    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The sum of both branches, `(o, i, 1, 1)`; see the base class."""
         w = self._tensors(dtype)
-        return (
-            w['weight_or1x1_origin'],
+        origin, product = w['vector']
+        return squeeze.scale_kernel(w['weight_or1x1_origin'], origin) + squeeze.scale_kernel(
             squeeze.squeeze_sequential(w['weight_or1x1_l2i_conv1'], w['weight_or1x1_l2i_conv2'],
-                                       self.groups),
-        )
+                                       self.groups), product)
 
 
 class OREPAStemConv2d(ReparamConv2d):

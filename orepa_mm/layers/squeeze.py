@@ -33,12 +33,11 @@ def frequency_prior(out_channels: int, kernel_size: int) -> Tensor:
     """
     half = out_channels / 2
     channel = torch.arange(out_channels, dtype=torch.float64)
-    frequency = torch.where(channel < half, channel + 1, channel + 1 - half)
+    along_height = channel < half
+    frequency = torch.where(along_height, channel + 1, channel + 1 - half)
     position = torch.arange(kernel_size, dtype=torch.float64) + 0.5
     wave = torch.cos(math.pi / kernel_size * frequency[:, None] * position)  # (o, k)
-    prior = torch.empty(out_channels, kernel_size, kernel_size, dtype=torch.float64)
-    prior[channel < half] = wave[channel < half][:, :, None]
-    prior[channel >= half] = wave[channel >= half][:, None, :]
+    prior = torch.where(along_height[:, None, None], wave[:, :, None], wave[:, None, :])
     return prior.float()
 
 
@@ -52,66 +51,41 @@ def identity_pointwise(hidden_channels: int, group_in_channels: int) -> Tensor:
     Returns:
         Float32 tensor of shape `(t, i, 1, 1)`.
     """
-    identity = torch.zeros(hidden_channels, group_in_channels, 1, 1)
-    rows = torch.arange(hidden_channels)
-    identity[rows, rows % group_in_channels] = 1
-    return identity
+    source = torch.arange(hidden_channels) % group_in_channels
+    identity = source[:, None] == torch.arange(group_in_channels)
+    return identity.float()[:, :, None, None]
 
 
-def sum_branches(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
-    """Sum of the branch kernels, each scaled along its output channels.
+def scale_kernel(kernel: Tensor, scale: Tensor) -> Tensor:
+    """Scale the output channels, as the linear scaling layer of a branch does.
 
     Args:
-        kernels: `n` kernels of shape `(o, i, k, k)`.
-        scales: Scaling vectors, `(n, o)`.
+        kernel: `(o, i, k, k)`.
+        scale: One row of the scaling vectors, `(o,)`.
 
     Returns:
         Kernel of shape `(o, i, k, k)`.
     """
-    total = kernels[0] * scales[0].view(-1, 1, 1, 1)
-    for kernel, scale in zip(kernels[1:], scales[1:]):
-        total = torch.addcmul(total, kernel, scale.view(-1, 1, 1, 1))
-    return total
+    return kernel * scale.view(-1, 1, 1, 1)
 
 
-def squeeze_average(pointwise: Tensor, window: Tensor) -> Tensor:
-    """Kernel of a 1 x 1 convolution followed by an average over `k x k`.
+def squeeze_windows(pointwise: Sequence[Tensor], windows: Sequence[Tensor]) -> Tensor:
+    """Sum of kernels of 1 x 1 convolutions, each followed by a window per output channel.
+
+    An average, the frequency prior, and no spatial extent at all (a window
+    that is one at the centre) are such windows; a scaling vector goes into
+    them. One matrix product per output channel serves all branches.
 
     Args:
-        pointwise: `(o, i, 1, 1)`.
-        window: The averaging window, `(k, k)`, each value `1 / k**2`.
+        pointwise: `n` kernels of shape `(o, i, 1, 1)`.
+        windows: `n` windows of shape `(o, k, k)`.
 
     Returns:
         Kernel of shape `(o, i, k, k)`.
     """
-    return pointwise * window
-
-
-def squeeze_prior(pointwise: Tensor, prior: Tensor) -> Tensor:
-    """Kernel of a 1 x 1 convolution followed by the frequency prior.
-
-    Args:
-        pointwise: `(o, i, 1, 1)`.
-        prior: `(o, k, k)`, see `frequency_prior`.
-
-    Returns:
-        Kernel of shape `(o, i, k, k)`.
-    """
-    return pointwise * prior.unsqueeze(1)
-
-
-def pad_pointwise(pointwise: Tensor, kernel_size: int) -> Tensor:
-    """A 1 x 1 kernel as a `k x k` kernel that is zero around its centre.
-
-    Args:
-        pointwise: `(o, i, 1, 1)`.
-        kernel_size: `k`, odd.
-
-    Returns:
-        Kernel of shape `(o, i, k, k)`.
-    """
-    margin = kernel_size // 2
-    return F.pad(pointwise, [margin] * 4)
+    mix = torch.cat([weight.flatten(2) for weight in pointwise], dim=2)  # (o, i, n)
+    bank = torch.stack(list(windows), dim=1)  # (o, n, k, k)
+    return (mix @ bank.flatten(2)).unflatten(2, bank.shape[2:])
 
 
 def squeeze_sequential(pointwise: Tensor, conv: Tensor, groups: int = 1) -> Tensor:

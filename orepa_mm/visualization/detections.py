@@ -1,0 +1,53 @@
+"""Detections of both forms of a detector, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mmcv
+import numpy as np
+from matplotlib.figure import Figure
+from mmdet.apis import inference_detector, init_detector
+from mmdet.registry import VISUALIZERS
+from torch import nn
+
+
+def draw_detections(models: Mapping[str, nn.Module], images: Sequence[str | Path],
+                    score_threshold: float = 0.5) -> Figure:
+    """Draw what each model finds: one row per model, one column per image.
+
+    Args:
+        models: From `mmdet.apis.init_detector`, by the name to print.
+        images: Image files.
+        score_threshold: Detections below it are not drawn.
+    """
+    figure = Figure(figsize=(3 * len(images), 3.2 * len(models)), layout='constrained')
+    grid = figure.subplots(len(models), len(images), squeeze=False)
+    for row, (name, model) in zip(grid, models.items()):
+        for axes, image in zip(row, images):
+            axes.imshow(_drawn(model, image, score_threshold))
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name)
+    return figure
+
+
+def load_forms(training: tuple[Path, Path], deployed: tuple[Path, Path]) -> dict[str, nn.Module]:
+    """Build both forms of a detector on the CPU.
+
+    Args:
+        training: Config and checkpoint in training form.
+        deployed: Config and checkpoint in deploy form.
+    """
+    return {name: init_detector(str(config), str(checkpoint), palette='random', device='cpu')
+            for name, (config, checkpoint) in (('training form', training),
+                                               ('deployed', deployed))}
+
+
+def _drawn(model: nn.Module, path: str | Path, score_threshold: float) -> np.ndarray:
+    image = mmcv.imread(str(path), channel_order='rgb')
+    visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name=f'{id(model)}-{path}'))
+    visualizer.dataset_meta = model.dataset_meta
+    visualizer.add_datasample('', image, inference_detector(model, str(path)), draw_gt=False,
+                              pred_score_thr=score_threshold)
+    return visualizer.get_image()

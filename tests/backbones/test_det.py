@@ -1,0 +1,165 @@
+"""The mmdet backbones: every option of the stock class, in both forms."""
+
+import copy
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from mmdet.models.backbones import ResNet, ResNeXt
+from mmdet.registry import MODELS
+from mmengine.model import revert_sync_batchnorm
+from torch import nn
+
+from orepa_mm.backbones import OREPAResNet, OREPAResNeXt
+from orepa_mm.deploy import is_training_form, reparameterize
+from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+
+NARROW = dict(depth=18, base_channels=8)
+CASES = {
+    'r18': dict(type='OREPAResNet', **NARROW),
+    'r50': dict(type='OREPAResNet', depth=50, base_channels=8),
+    'resnext50': dict(type='OREPAResNeXt', depth=50, base_channels=16, groups=4, base_width=2),
+    'dilated': dict(type='OREPAResNet', depth=50, base_channels=8, strides=(1, 2, 1, 1),
+                    dilations=(1, 1, 2, 4)),
+    'two stages': dict(type='OREPAResNet', **NARROW, num_stages=2, strides=(1, 2),
+                       dilations=(1, 1), out_indices=(0, 1)),
+    'deep stem': dict(type='OREPAResNet', **NARROW, deep_stem=True, avg_down=True),
+    'caffe style': dict(type='OREPAResNet', depth=50, base_channels=8, style='caffe'),
+}
+
+
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def state(model):
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_deployed_form_is_the_stock_network(name):
+    cfg = CASES[name]
+    backbone = randomize(MODELS.build(cfg)).eval()
+    stock = MODELS.build({**cfg, 'type': backbone.stock_type})
+    stock.eval()
+    assert isinstance(backbone, type(stock))
+    deployed = reparameterize(backbone)
+    assert state(deployed) == state(stock) == state(MODELS.build({**cfg, 'deploy': True}))
+    stock.load_state_dict(deployed.state_dict(), strict=True)
+    with torch.no_grad():
+        expected = backbone(images())
+        for found in (deployed(images()), stock(images())):
+            assert len(found) == len(expected)
+            for one, other in zip(found, expected):
+                assert relative_error(one, other) < 1e-4
+
+
+def test_blocks_by_kernel_size():
+    basic = OREPAResNet(**NARROW)
+    assert isinstance(basic.conv1, OREPAStemConv2d)
+    assert isinstance(basic.layer1[0].conv1, OREPAConv2d)
+    assert type(basic.layer2[0].downsample[0]) is nn.Conv2d
+    bottleneck = OREPAResNet(depth=50, base_channels=8)
+    assert isinstance(bottleneck.layer1[0].conv1, OREPAConv1x1)
+    assert isinstance(bottleneck.layer1[0].conv2, OREPAConv2d)
+    assert isinstance(bottleneck.layer2[0].downsample[0], OREPAConv1x1)
+    convolutions = [m for m in bottleneck.modules() if isinstance(m, nn.Conv2d)]
+    assert not convolutions
+
+
+def test_options_reach_the_layers():
+    backbone = OREPAResNet(**NARROW, conv_cfg=dict(type='OREPA', single_init=True))
+    assert backbone.layer1[0].conv1.vector[1:].eq(0).all()
+    assert backbone.conv1.weight0.vector[1:].eq(0).all()
+
+
+@pytest.mark.parametrize(('name', 'millions'), [
+    # reference: the authors' trainable parameters, with their classifier
+    ('r18', 37.8), ('r34', 71.7), ('r50', 68.6), ('r101', 122.5), ('r18 2x', 149.4),
+    ('resnext50', 63.7)])
+def test_number_of_parameters_is_the_published_one(name, millions):
+    with torch.device('meta'):
+        backbone = {
+            'r18': lambda: OREPAResNet(18), 'r34': lambda: OREPAResNet(34),
+            'r50': lambda: OREPAResNet(50), 'r101': lambda: OREPAResNet(101),
+            'r18 2x': lambda: OREPAResNet(18, base_channels=128),
+            'resnext50': lambda: OREPAResNeXt(depth=50, groups=32, base_width=4)}[name]()
+    classifier = backbone.feat_dim * 1000 + 1000
+    count = sum(p.numel() for p in backbone.parameters()) + classifier
+    assert round(count / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize('frozen', [-1, 0, 1, 4])
+def test_frozen_stages(frozen):
+    backbone = OREPAResNet(**NARROW, frozen_stages=frozen, norm_eval=False).train()
+    before = copy.deepcopy(backbone.state_dict())
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, weight_decay=0.1)
+    features = backbone(images())
+    if frozen < 4:
+        sum(f.square().mean() for f in features).backward()
+    optimizer.step()
+    changed = {key.split('.')[0] for key, value in backbone.state_dict().items()
+               if not torch.equal(value, before[key])}
+    stages = [{'conv1', 'bn1'}, {'layer1'}, {'layer2'}, {'layer3'}, {'layer4'}]
+    assert changed == set().union(*stages[frozen + 1:])
+    assert backbone.conv1.training is (frozen < 0)
+
+
+def test_norm_eval():
+    backbone = OREPAResNet(**NARROW, norm_eval=True).train()
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training for m in norms)
+    assert backbone.layer1[0].conv1.training
+
+
+def test_with_cp_gives_the_same_gradients():
+    plain = randomize(OREPAResNet(depth=50, base_channels=8, norm_eval=True)).train()
+    checkpointed = OREPAResNet(depth=50, base_channels=8, norm_eval=True, with_cp=True).train()
+    checkpointed.load_state_dict(plain.state_dict())
+    for backbone in (plain, checkpointed):
+        sum(f.square().mean() for f in backbone(images().requires_grad_())).backward()
+    for one, other in zip(plain.parameters(), checkpointed.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_switch_to_deploy_twice_and_in_parts():
+    backbone = randomize(OREPAResNet(**NARROW)).eval()
+    with torch.no_grad():
+        expected = backbone(images())
+        backbone.switch_to_deploy()
+        assert backbone.deploy
+        assert not is_training_form(backbone)
+        backbone.switch_to_deploy()
+        model = reparameterize(nn.Sequential(backbone))
+        for one, other in zip(model(images()), expected):
+            assert relative_error(one, other) < 1e-4
+
+
+def test_sync_batchnorm_conversion_leaves_the_kernels():
+    backbone = randomize(OREPAResNet(**NARROW)).eval()
+    with torch.no_grad():
+        expected = backbone(images())
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(backbone))
+        assert isinstance(synced.bn1, nn.SyncBatchNorm)
+        deployed = reparameterize(synced)
+        assert isinstance(deployed.bn1, nn.SyncBatchNorm)
+        for model in (synced, deployed):
+            model = revert_sync_batchnorm(model)
+            model.eval()
+            for one, other in zip(model(images()), expected):
+                assert relative_error(one, other) < 1e-4
+
+
+def test_checkpoint_of_the_other_form_is_refused():
+    training = OREPAResNet(**NARROW)
+    deployed = OREPAResNet(**NARROW, deploy=True)
+    with pytest.raises(RuntimeError, match='training form.*plain convolution'):
+        training.load_state_dict(deployed.state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match='deploy form'):
+        deployed.load_state_dict(training.state_dict(), strict=False)
+
+
+def test_stock_classes_are_untouched():
+    assert type(MODELS.build(dict(type='ResNet', **NARROW))) is ResNet
+    assert MODELS.get('ResNeXt') is ResNeXt

@@ -1,0 +1,47 @@
+"""What several tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'
+GOLDEN = SHARED / 'golden'
+
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason=f'the golden numbers are not here ({GOLDEN}): '
+    'they come with a development checkout only')
+
+
+def golden(name):
+    return torch.load(GOLDEN / f'{name}.pt', weights_only=True)
+
+
+def randomize(module, seed=0):
+    """Draw all parameters and BN statistics at random: fresh ones hide errors.
+
+    The prior's scale starts at 0, a fresh BN at the identity.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            spread = 0.5 if parameter.dim() == 1 or name.endswith('vector') else 0.2
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.weight.copy_(torch.rand(layer.weight.shape, generator=generator) + 0.5)
+                layer.running_mean.copy_(
+                    torch.randn(layer.running_mean.shape, generator=generator) * 0.1)
+                layer.running_var.copy_(
+                    torch.rand(layer.running_var.shape, generator=generator) + 0.5)
+    return module
+
+
+def relative_error(found, expected):
+    """Largest absolute difference over the largest absolute expected value."""
+    found, expected = found.detach().double(), expected.detach().double()
+    assert found.shape == expected.shape
+    assert found.isfinite().all()
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,130 @@
+"""One short real run through the tools: train, resume, test, re-parameterize, test."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+from orepa_mm.checkpoints import load_checkpoint
+from orepa_mm.datasets import make_shapes_coco
+
+CONFIG = f'''
+_base_ = '{ROOT}/configs/faster_rcnn/faster-rcnn_orepa-r18-light_fpn_300i_coco.py'
+model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32, 64]))
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = dict(num_workers=0, persistent_workers=False)
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
+custom_hooks = [dict(type='EMAHook', momentum=0.5)]
+'''
+
+
+def run(*command, **kwargs):
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                            text=True, **kwargs)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    make_shapes_coco(folder / 'data', 4, 3, 64)
+    (folder / 'config.py').write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+    """Two iterations, then two more by resuming; EMA is on."""
+    arguments = [folder / 'config.py', '--work-dir', folder / 'train', '--data-root',
+                 folder / 'data']
+    run('tools/train.py', *arguments)
+    first = load_checkpoint(folder / 'train' / 'iter_2.pth')
+    output = run('tools/train.py', *arguments, '--resume', '--cfg-options',
+                 'train_cfg.max_iters=4')
+    assert 'resumed epoch' in output
+    second = load_checkpoint(folder / 'train' / 'iter_4.pth')
+    return first, second
+
+
+def test_resume_goes_on(trained):
+    first, second = trained
+    assert (first['meta']['iter'], second['meta']['iter']) == (2, 4)
+    assert second['optimizer']['state'][0]['step'] == 4
+    assert 'ema_state_dict' in second
+    key = 'backbone.layer1.0.conv1.vector'
+    assert not torch.equal(first['state_dict'][key], second['state_dict'][key])
+    assert not torch.equal(second['state_dict'][key], second['ema_state_dict'][f'module.{key}'])
+
+
+def test_test_and_reparam(folder, trained):
+    checkpoint = folder / 'train' / 'iter_4.pth'
+    content = checkpoint.read_bytes()
+    common = ['--work-dir', folder / 'test', '--data-root', folder / 'data']
+    assert 'coco/bbox_mAP' in run('tools/test.py', folder / 'config.py', checkpoint, *common)
+    output = run('tools/reparam.py', folder / 'config.py', checkpoint, *common, '--out',
+                 folder / 'deployed', '--latency-rounds', 1, '--num-images', 2)
+    assert 'largest relative output difference' in output
+    assert checkpoint.read_bytes() == content
+    assert sorted(p.name for p in (folder / 'deployed').iterdir()) == [
+        'config.py', 'model.pth', 'report.json']
+
+    report = json.loads((folder / 'deployed' / 'report.json').read_text())
+    assert report['verification']['passed']
+    assert report['largest_difference']['float64'] < 1e-6
+    assert report['parameters']['deployed'] < report['parameters']['training']
+    assert report['multiply_adds']['deployed'] < report['multiply_adds']['training']
+    for name, value in report['metrics']['training'].items():
+        assert report['metrics']['deployed'][name] == pytest.approx(value, abs=1e-4)
+
+    # tensors and plain types only: loads without any allowlist of ours
+    script = ('import sys, torch; c = torch.load(sys.argv[1], weights_only=True); '
+              'print(c["meta"]["form"], len(c["state_dict"]))')
+    assert 'deployed' in run('-c', script, folder / 'deployed' / 'model.pth')
+
+
+def test_the_deployed_model_needs_stock_mmdet_only(folder, trained):
+    """In a process where orepa_mm cannot be imported, with mmdet's own API."""
+    script = '''
+import sys
+sys.modules['orepa_mm'] = None
+from mmdet.apis import inference_detector, init_detector
+folder = sys.argv[1]
+model = init_detector(f'{folder}/deployed/config.py', f'{folder}/deployed/model.pth',
+                      device='cpu')
+assert type(model.backbone).__name__ == 'ResNet'
+assert model.dataset_meta['classes'] == ('circle', 'square', 'triangle'), model.dataset_meta
+result = inference_detector(model, f'{folder}/data/val2017/000001.png')
+print('boxes', tuple(result.pred_instances.bboxes.shape))
+'''
+    output = run('-c', script, folder)
+    assert 'boxes' in output
+    for complaint in ('unexpected key', 'missing keys', 'size mismatch'):
+        assert complaint not in output
+
+
+def test_checkpoint_of_the_other_form_is_refused(folder, trained):
+    deployed = folder / 'deployed' / 'model.pth'
+    result = subprocess.run(
+        [sys.executable, 'tools/test.py', folder / 'config.py', deployed, '--work-dir',
+         folder / 'test', '--data-root', folder / 'data'],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert 'in training form' in result.stderr
+    result = subprocess.run(
+        [sys.executable, 'tools/test.py', folder / 'deployed' / 'config.py',
+         folder / 'train' / 'iter_4.pth', '--work-dir', folder / 'test'],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert 'does not belong to this model' in result.stderr
+
+
+@pytest.mark.parametrize('tool', sorted(path.name for path in (ROOT / 'tools').glob('*.py')))
+def test_help_answers(tool):
+    assert 'usage' in run(f'tools/{tool}', '-h')

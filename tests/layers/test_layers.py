@@ -1,0 +1,338 @@
+"""The layers as convolutions: interface, initialisation, cache, precision, copies."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from mmengine.model import ExponentialMovingAverage
+from torch import nn
+
+from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+
+CASES = {
+    'kxk': lambda **kw: OREPAConv2d(4, 6, 3, padding=1, **kw),
+    'kxk strided, grouped, dilated': lambda **kw: OREPAConv2d(
+        4, 8, 3, stride=2, padding=2, dilation=2, groups=2, **kw),
+    '1x1': lambda **kw: OREPAConv1x1(4, 6, 1, stride=2, **kw),
+    'stem': lambda **kw: OREPAStemConv2d(4, 6, 7, stride=2, padding=3, **kw),
+}
+
+
+@pytest.fixture(params=CASES)
+def layer(request):
+    return randomize(CASES[request.param]())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 4, 16, 12)
+
+
+def expected_output(layer, x):
+    """From scratch: squeezed anew in float64, convolved by the stock layer."""
+    return layer.to_conv2d()(x)
+
+
+# --- interface ----------------------------------------------------------------
+
+
+def test_reads_as_a_conv(layer):
+    conv = layer.to_conv2d()
+    for name in nn.Conv2d.__constants__:
+        if name != 'in_channels':
+            assert getattr(layer, name) == getattr(conv, name), name
+    assert layer.in_channels == 4
+    assert layer.weight.shape == conv.weight.shape
+    assert layer.extra_repr() == conv.extra_repr()
+    assert not isinstance(layer, nn.Conv2d)
+
+
+@pytest.mark.parametrize('padding_mode', ['reflect', 'circular'])
+def test_padding_mode(padding_mode, x):
+    layer = randomize(OREPAConv2d(4, 6, 3, padding=1, padding_mode=padding_mode))
+    assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+    assert layer(x).shape[2:] == x.shape[2:]
+
+
+def test_padding_by_name(x):
+    layer = randomize(OREPAConv2d(4, 6, 3, padding='same'))
+    assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize(('build', 'message'), [
+    (lambda: OREPAConv2d(4, 4, 2), 'odd square kernel'),
+    (lambda: OREPAConv2d(4, 4, (1, 3)), 'odd square kernel'),
+    (lambda: OREPAConv2d(4, 6, 3, groups=4), 'divisible by groups'),
+    (lambda: OREPAConv1x1(4, 4, 3), '1 x 1'),
+    (lambda: OREPAStemConv2d(4, 4, 3), 'larger than 3 x 3'),
+    (lambda: OREPAStemConv2d(4, 4, 7, groups=2), 'more than one group'),
+])
+def test_bad_arguments_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# --- initialisation -------------------------------------------------------------
+
+
+def test_initial_values_of_kxk():
+    layer = OREPAConv2d(64, 64, 3)
+    assert layer.vector[:, 0].tolist() == [0.25, 0.25, 0.0, 0.5, 1.0, 0.5]
+    assert layer.weight_orepa_1x1_kxk_idconv1.abs().max() == 0
+    # Kaiming-uniform with a = 0: bound sqrt(6 / fan_in)
+    for name, fan_in in (('origin', 64 * 9), ('avg_conv', 64), ('1x1_kxk_conv2', 64 * 9),
+                         ('gconv_dw', 9), ('gconv_pw', 512)):
+        weight = getattr(layer, f'weight_orepa_{name}')
+        assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / fan_in), rel=0.02), name
+
+
+def test_initial_values_of_1x1():
+    for channels, identity in (((32, 64), 'conv1'), ((64, 32), 'conv2'), ((32, 32), 'conv2')):
+        layer = OREPAConv1x1(*channels)
+        assert layer.vector[:, 0].tolist() == [1.0, 0.5]
+        square = getattr(layer, f'weight_or1x1_l2i_{identity}')[:, :, 0, 0]
+        assert torch.equal(square, torch.eye(32))
+        bound = math.sqrt(3 / channels[0])
+        assert layer.weight_or1x1_origin.abs().max().item() == pytest.approx(bound, rel=0.02)
+
+
+def test_init_options():
+    single = OREPAConv2d(4, 4, 3, single_init=True)
+    assert single.vector[0].eq(1).all()
+    assert single.vector[1:].eq(0).all()
+    torch.manual_seed(0)
+    plain = OREPAConv2d(4, 4, 3)
+    torch.manual_seed(0)
+    hyper = OREPAConv2d(4, 4, 3, init_hyper_para=4.0, init_hyper_gamma=9.0)
+    assert torch.allclose(hyper.vector, 3 * plain.vector)
+    assert torch.allclose(hyper.weight_orepa_origin, 4 * plain.weight_orepa_origin)
+    assert torch.allclose(hyper.weight_orepa_gconv_dw, 2 * plain.weight_orepa_gconv_dw)
+    stem = OREPAStemConv2d(3, 4, 7, single_init=True)
+    assert all(stem.get_submodule(f'weight{j}').vector[1:].eq(0).all() for j in range(3))
+
+
+# --- the kept kernel --------------------------------------------------------------
+
+
+def count_squeezes(layer, monkeypatch):
+    calls = []
+    squeeze = type(layer).squeeze
+    monkeypatch.setattr(type(layer), 'squeeze',
+                        lambda self, dtype=None: (calls.append(1) if self is layer else None,
+                                                  squeeze(self, dtype))[1])
+    return calls
+
+
+def test_kernel_is_kept_in_eval_mode_without_gradients(layer, x, monkeypatch):
+    calls = count_squeezes(layer.eval(), monkeypatch)
+    with torch.no_grad():
+        layer(x), layer(x), layer.weight
+    assert len(calls) == 1
+    layer(x)  # a gradient could flow
+    assert len(calls) == 2
+    layer.requires_grad_(False)
+    layer(x), layer(x)
+    assert len(calls) == 2
+    layer.train()
+    layer(x), layer(x)
+    assert len(calls) == 4
+
+
+def change_in_place(layer):
+    with torch.no_grad():
+        next(iter(layer.parameters())).mul_(2)  # the bias
+        [p for p in layer.parameters() if p.dim() == 4][0].add_(1)
+
+
+def change_by_optimizer(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with torch.enable_grad():
+        layer(torch.randn(2, 4, 16, 12)).square().sum().backward()
+    optimizer.step()
+
+
+def change_by_replacement(layer):
+    owner = layer if hasattr(layer, 'vector') else layer.weight1
+    owner.vector = nn.Parameter(owner.vector.detach() * 3)
+
+
+def change_by_data(layer):
+    owner = layer if hasattr(layer, 'vector') else layer.weight1
+    owner.vector.data = owner.vector.data * 3
+
+
+CHANGES = {
+    'in place': change_in_place,
+    'optimizer': change_by_optimizer,
+    'new parameter': change_by_replacement,
+    'new data': change_by_data,
+    'load': lambda layer: layer.load_state_dict(randomize(copy.deepcopy(layer), 1).state_dict()),
+    'assign': lambda layer: layer.load_state_dict(
+        randomize(copy.deepcopy(layer), 1).state_dict(), assign=True),
+    'buffer': lambda layer: [b.mul_(2) for b in layer.buffers()],
+    'weights written through .data, then eval()': lambda layer: (
+        [p.data.mul_(2) for p in layer.parameters()], layer.eval()),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_kept_kernel_follows_every_change(layer, x, change):
+    layer.eval()
+    with torch.no_grad():
+        before = layer(x)
+        CHANGES[change](layer)
+        after = layer(x)
+        assert relative_error(after, expected_output(layer, x)) < 1e-4
+        if change != 'buffer' or list(layer.buffers()):
+            assert not torch.allclose(before, after)
+
+
+def test_kept_kernel_follows_dtype(layer, x):
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+        layer.double()
+        assert relative_error(layer(x.double()), expected_output(layer, x.double())) < 1e-12
+
+
+def test_writing_into_the_kept_kernel_does_no_harm(layer, x):
+    layer.eval()
+    with torch.no_grad():
+        expected = layer(x)
+        nn.init.zeros_(layer.weight)
+        assert torch.equal(layer(x), expected)
+
+
+def test_kernel_kept_in_inference_mode_can_be_used_outside(layer, x):
+    layer.eval().requires_grad_(False)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_eval_mode_still_gives_gradients(layer, x):
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+# --- precision, formats, copies -----------------------------------------------------
+
+
+def test_autocast_squeezes_in_float32(layer, x):
+    weight = layer.weight.detach()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(layer.weight, weight)
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        expected = layer.to_conv2d()(x)
+    assert relative_error(y, expected) < 1e-2
+    y.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32
+               for p in layer.parameters())
+
+
+def test_bfloat16_parameters_are_squeezed_in_float32(layer, x):
+    layer = layer.bfloat16()
+    assert layer.weight.dtype == torch.bfloat16
+    exact = layer.squeeze(torch.float64)
+    # one rounding at the end: half a unit in the last of 8 bits
+    assert ((layer.weight.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-30).all()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert layer.to_conv2d().weight.dtype == torch.bfloat16
+
+
+def test_channels_last(layer, x):
+    expected = layer(x).detach()
+    layer = layer.to(memory_format=torch.channels_last)
+    y = layer(x.to(memory_format=torch.channels_last))
+    assert relative_error(y, expected) < 1e-5
+    y.sum().backward()
+    conv = layer.to_conv2d()
+    if conv.weight.shape[1] > 1 and conv.kernel_size[0] > 1:
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(conv(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_torch_compile(mode, x):
+    layers = nn.Sequential(*(randomize(CASES[name]()) for name in ('kxk', '1x1')))
+    layers[1] = randomize(OREPAConv1x1(6, 4))
+    getattr(layers, mode)()
+    compiled = torch.compile(layers, backend='inductor' if mode == 'train' else 'aot_eager')
+    with torch.set_grad_enabled(mode == 'train'):
+        assert relative_error(compiled(x), layers(x)) < 1e-5
+        with torch.no_grad():
+            layers[0].vector.mul_(2)
+        assert relative_error(compiled(x), layers(x)) < 1e-5
+    if mode == 'train':
+        compiled(x).square().sum().backward()
+        found = [p.grad.clone() for p in layers.parameters()]
+        layers.zero_grad()
+        layers(x).square().sum().backward()
+        for one, p in zip(found, layers.parameters()):
+            assert relative_error(one, p.grad) < 1e-4
+
+
+def test_deepcopy_and_pickle_in_the_middle_of_training(layer, x):
+    y = layer(x)  # its graph is alive
+    clone = copy.deepcopy(layer)
+    assert torch.equal(clone(x), y)
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    buffer = io.BytesIO()
+    torch.save({'model': layer, 'state': layer.state_dict()}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert relative_error(loaded['model'](x), y) < 1e-6
+    fresh = copy.deepcopy(layer)
+    nn.init.zeros_([p for p in fresh.parameters() if p.dim() == 4][0])
+    fresh.load_state_dict(loaded['state'])
+    assert relative_error(fresh(x), y) < 1e-6
+    with torch.no_grad():  # a copy follows its own parameters
+        [p for p in clone.parameters() if p.dim() == 4][0].add_(1)
+    assert not torch.allclose(clone(x), y)
+    assert relative_error(layer(x), y) < 1e-6
+
+
+def test_state_dict_holds_no_kernel(layer, x):
+    names = set(layer.state_dict())
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    assert set(layer.state_dict()) == names
+    assert 'weight' not in names
+
+
+def test_moving_average_of_the_parameters(layer, x):
+    """EMA averages branches; the kernel must follow the averaged branches."""
+    average = ExponentialMovingAverage(layer, momentum=0.5)
+    average.eval()
+    with torch.no_grad():
+        average(x)
+    start = [p.clone() for p in layer.parameters()]
+    change_by_optimizer(layer)
+    average.update_parameters(layer)  # the first call copies
+    change_by_optimizer(layer)
+    now = [p.clone() for p in layer.parameters()]
+    average.update_parameters(layer)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        for p, mean in zip(expected.parameters(), average.module.parameters()):
+            p.copy_(mean)
+        assert any(not torch.equal(a, b) for a, b in zip(start, now))
+        assert relative_error(average(x), expected_output(expected, x)) < 1e-5
+
+
+def test_checkpoint_of_the_other_form_is_refused(layer):
+    with pytest.raises(RuntimeError, match='in training form'):
+        layer.load_state_dict(layer.to_conv2d().state_dict(), strict=False)

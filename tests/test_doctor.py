@@ -1,0 +1,61 @@
+"""What the doctor says of broken installations."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from orepa_mm import doctor
+
+
+def problems(monkeypatch, versions=None, imports=None):
+    """The findings with a remedy, where some versions and import errors are given."""
+    real_version, real_import = doctor.version_of, doctor.import_problem
+    monkeypatch.setattr(doctor, 'version_of',
+                        lambda name: (versions or {}).get(name, real_version(name)))
+    monkeypatch.setattr(doctor, 'import_problem',
+                        lambda name: (imports or {}).get(name, real_import(name)))
+    return {f.name: f'{f.detail} -> {f.remedy}' for f in doctor.diagnose() if f.remedy}
+
+
+def test_this_environment_is_healthy(monkeypatch, capsys):
+    assert problems(monkeypatch) == {}
+    assert doctor.main() == 0
+    assert 'Ready to train detectors.' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('versions', 'imports', 'name', 'text'), [
+    ({'setuptools': '82.0.0'}, {}, 'setuptools', 'setuptools==79.0.1'),
+    ({'onedl-mmcv': '2.3.6'}, {}, 'OpenMMLab', 'uninstall one'),
+    ({}, {'mmcv.ops': "ModuleNotFoundError: No module named 'mmcv._ext'"}, 'mmcv operators',
+     'without its operators'),
+    ({}, {'mmcv.ops': 'ImportError: _ext.so: undefined symbol: _ZN3c10'}, 'mmcv operators',
+     'built for another torch'),
+    ({'mmcv-lite': '2.1.0'}, {}, 'mmcv', 'mmcv-lite has no operators'),
+    ({}, {'torchvision': 'RuntimeError: operator torchvision::nms does not exist'},
+     'torchvision', 'another torch'),
+    ({}, {'mmdet.models': 'AssertionError: MMCV==2.2.0 is used'}, 'mmdet', 'cannot be built'),
+    ({'mmdet': None, 'onedl-mmdetection': None}, {}, 'mmdet', 'pip install mmdet'),
+])
+def test_each_trap_is_recognised(monkeypatch, capsys, versions, imports, name, text):
+    found = problems(monkeypatch, versions, imports)
+    assert text in found[name]
+    assert doctor.main() == 1
+    assert 'PROBLEM' in capsys.readouterr().out
+
+
+def test_optional_packages_are_only_noted(monkeypatch):
+    found = problems(monkeypatch, {'mmsegmentation': None, 'onedl-mmsegmentation': None})
+    assert 'pip install mmsegmentation' in found['mmseg']
+    assert doctor.main() == 0
+
+
+def test_it_starts_where_nothing_is_installed():
+    """-S leaves site-packages out: this is a bare Python."""
+    result = subprocess.run([sys.executable, '-S', '-m', 'orepa_mm.doctor'], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'PROBLEM  torch' in result.stdout
+    assert 'make setup' in result.stdout
+    assert 'Traceback' not in result.stderr
