@@ -38,6 +38,7 @@ class Finding:
 
     @property
     def mark(self) -> str:
+        """What stands before the line."""
         return 'ok' if not self.remedy else 'PROBLEM' if self.required else 'note'
 
 
@@ -153,8 +154,9 @@ def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:
 
 def _registered() -> Finding:
     problem = import_problem('orepa_mm.backbones.det')
-    return Finding('orepa_mm', problem or f'{version_of("orepa_mm") or "source tree"}, '
-                   'OREPAResNet and OREPAResNeXt registered', problem and 'solve the problems above')
+    version = version_of('orepa_mm') or 'source tree'
+    return Finding('orepa_mm', problem or f'{version}, OREPAResNet and OREPAResNeXt registered',
+                   problem and 'solve the problems above')
 
 
 def main() -> int:

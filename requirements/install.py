@@ -168,7 +168,9 @@ def build_mmcv(env: Environment, folder: Path, cuda: bool) -> None:
              '--no-cache-dir', '-q', '-d', folder / 'source', f'mmcv=={MMCV}'])
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             with tarfile.open(folder / 'source' / f'mmcv-{MMCV}.tar.gz') as archive:
-                archive.extractall(temporary, filter='data')
+                # early patch releases of Python 3.10 and 3.11 know no filters
+                safe = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
+                archive.extractall(temporary, **safe)
             (Path(temporary) / f'mmcv-{MMCV}').rename(source)
     environment = dict(os.environ, MMCV_WITH_OPS='1', FORCE_CUDA='1' if cuda else '0',
                        MAX_JOBS=os.environ.get('MAX_JOBS', str(os.cpu_count() or 2)),

@@ -2,10 +2,13 @@
 
 import argparse
 
-from mmdet.engine.hooks.utils import trigger_visualization_hook
-from mmdet.evaluation import DumpDetResults
-
-from orepa_mm.engine import add_config_arguments, build_test_runner, load_config
+from orepa_mm.engine import (
+    add_config_arguments,
+    build_test_runner,
+    dump_predictions,
+    load_config,
+    show_predictions,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,10 +29,10 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     if args.show or args.show_dir:
-        cfg = trigger_visualization_hook(cfg, args)
+        show_predictions(cfg, args)
     runner = build_test_runner(cfg, args.checkpoint)
     if args.out:
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        dump_predictions(runner, args.out)
     runner.test()
 
 

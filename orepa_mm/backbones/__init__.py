@@ -9,4 +9,4 @@ __all__ = ['OREPABackboneMixin']
 if find_spec('mmdet') is not None:
     from .det import OREPAResNet, OREPAResNeXt
 
-    __all__ += ['OREPAResNet', 'OREPAResNeXt']
+    __all__ += ['OREPAResNeXt', 'OREPAResNet']

@@ -7,13 +7,15 @@ them apart. The names inside a block are the same here and there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
-from .io import CheckpointError, model_state_dict
+from ..layers import OREPAConv1x1, OREPAConv2d
+from .io import CheckpointError, load_checkpoint, model_state_dict, written_whole
 
 #: (has three convolutions per block, blocks per stage) of the published ResNets.
 _ARCHITECTURES = {
@@ -34,14 +36,13 @@ _BLOCK_KEYS = {
 
 
 def convert_official_block(
-    state_dict: Mapping[str, Tensor], where: str = ''
+    state_dict: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split one block of the authors into its convolution and its BN.
 
     Args:
         state_dict: The block's keys, without prefix: of `OREPA`, `OREPA_1x1`,
             `OREPA_LargeConv` or a plain convolution with BN.
-        where: The block's prefix in the file, named in errors.
 
     Returns:
         State dict of the `OREPAConv2d`, `OREPAConv1x1`, `OREPAStemConv2d` or
@@ -50,24 +51,13 @@ def convert_official_block(
     Raises:
         CheckpointError: If a key is unknown or missing; it is named.
     """
-    conv = {key: value for key, value in state_dict.items() if not key.startswith('bn.')}
-    bn = {key[3:]: value for key, value in state_dict.items() if key.startswith('bn.')}
-    plain = any(key.startswith('conv.') for key in conv)
-    if plain:
-        expected = {f'conv.{key}' for key in _BLOCK_KEYS['plain']}
-    elif any(re.match(r'weight\d+\.', key) for key in conv):
-        numbers = {int(m[1]) for key in conv if (m := re.match(r'weight(\d+)\.', key))}
-        expected = {f'weight{n}.{key}' for n in range(max(numbers) + 1)
-                    for key in _BLOCK_KEYS['OREPA']}
-    elif any(key.startswith('weight_or1x1_') for key in conv):
-        expected = _BLOCK_KEYS['OREPA_1x1']
+    if any(re.match(r'weight\d+\.', key) for key in state_dict):
+        kind = 'stem'
+    elif any(key.startswith('weight_or1x1_') for key in state_dict):
+        kind = 'OREPA_1x1'
     else:
-        expected = _BLOCK_KEYS['OREPA']
-    _check_keys(conv.keys() | {f'bn.{key}' for key in bn},
-                expected | {f'bn.{key}' for key in _BN_KEYS}, where)
-    if plain:
-        conv = {key.removeprefix('conv.'): value for key, value in conv.items()}
-    return conv, bn
+        kind = 'plain' if 'conv.weight' in state_dict else 'OREPA'
+    return _split_block(state_dict, kind, '')
 
 
 def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -85,20 +75,43 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tens
         CheckpointError: If a key is unknown or missing; it is named.
     """
     state = model_state_dict(checkpoint)
-    blocks: dict[str, dict[str, Tensor]] = {}
     rest = dict(state)
     converted: dict[str, Tensor] = {}
-    for source, conv_name, bn_name in _block_names(_depth_of(state)):
-        blocks[source] = {key[len(source) + 1:]: rest.pop(key) for key in state
-                          if key.startswith(f'{source}.')}
-        if not blocks[source]:
+    for source, kind, conv_name, bn_name in _blocks(_depth_of(state)):
+        block = {key.removeprefix(f'{source}.'): rest.pop(key) for key in state
+                 if key.startswith(f'{source}.')}
+        if not block:
             raise CheckpointError(f'the checkpoint has no {source}.*: it is truncated')
-        conv, bn = convert_official_block(blocks[source], source)
+        conv, bn = _split_block(block, kind, f'{source}.')
         converted.update({f'backbone.{conv_name}.{key}': value for key, value in conv.items()})
         converted.update({f'backbone.{bn_name}.{key}': value for key, value in bn.items()})
     _check_keys(rest.keys(), {'linear.weight', 'linear.bias'}, '')
     converted.update({'head.fc.weight': rest['linear.weight'], 'head.fc.bias': rest['linear.bias']})
     return converted
+
+
+def convert_checkpoint_file(source: str | Path, target: str | Path) -> int:
+    """Convert a file of the authors to a checkpoint for `init_cfg=dict(type='Pretrained')`.
+
+    Args:
+        source: Their file, see `convert_official_state_dict`.
+        target: File to write, whole or not at all.
+
+    Returns:
+        Number of tensors written.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        FileExistsError: If the target exists already.
+        CheckpointError: If it is no checkpoint of the authors' ResNets.
+    """
+    if Path(target).exists():
+        raise FileExistsError(f'{target} exists already: nothing is overwritten')
+    state = convert_official_state_dict(load_checkpoint(source))
+    with written_whole(target) as path:
+        torch.save({'meta': {'form': 'training', 'source': Path(source).name},
+                    'state_dict': state}, path)
+    return len(state)
 
 
 def _depth_of(state: Mapping[str, Tensor]) -> int:
@@ -116,21 +129,39 @@ def _depth_of(state: Mapping[str, Tensor]) -> int:
         f'{blocks} blocks in stage1 to stage4 and begins with the keys {first}')
 
 
-def _block_names(depth: int) -> Iterator[tuple[str, str, str]]:
-    """(the authors' block, our convolution, our BN) for every block of a ResNet."""
+def _blocks(depth: int) -> Iterator[tuple[str, str, str, str]]:
+    """(the authors' block, its kind, our convolution, our BN) for every block of a ResNet."""
     bottleneck, stage_blocks = _ARCHITECTURES[depth]
-    yield 'stage0.conv1', 'conv1', 'bn1'
+    kinds = ['OREPA_1x1', 'OREPA', 'OREPA_1x1'] if bottleneck else ['OREPA', 'OREPA']
+    yield 'stage0.conv1', 'stem', 'conv1', 'bn1'
     for stage, count in enumerate(stage_blocks, start=1):
         for index in range(count):
             source, target = f'stage{stage}.{index}', f'layer{stage}.{index}'
-            for n in range(1, 4 if bottleneck else 3):
-                yield f'{source}.conv{n}', f'{target}.conv{n}', f'{target}.bn{n}'
+            for n, kind in enumerate(kinds, start=1):
+                yield f'{source}.conv{n}', kind, f'{target}.conv{n}', f'{target}.bn{n}'
             if index == 0 and (bottleneck or stage > 1):
-                yield f'{source}.shortcut', f'{target}.downsample.0', f'{target}.downsample.1'
+                yield (f'{source}.shortcut', 'OREPA_1x1' if bottleneck else 'plain',
+                       f'{target}.downsample.0', f'{target}.downsample.1')
 
 
-def _check_keys(found: Any, expected: Any, where: str) -> None:
-    prefix = f'{where}.' if where else ''
+def _split_block(state_dict: Mapping[str, Tensor], kind: str, prefix: str
+                 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """State dicts of the convolution and the BN; `prefix` is for errors."""
+    if kind == 'stem':
+        numbers = [int(m[1]) for key in state_dict if (m := re.match(r'weight(\d+)\.', key))]
+        expected = {f'weight{n}.{key}' for n in range(max(numbers, default=2) + 1)
+                    for key in _BLOCK_KEYS['OREPA']}
+    else:
+        expected = {f'conv.{key}' if kind == 'plain' else key for key in _BLOCK_KEYS[kind]}
+    _check_keys(state_dict, expected | {f'bn.{key}' for key in _BN_KEYS}, prefix)
+    conv = {key.removeprefix('conv.'): value for key, value in state_dict.items()
+            if not key.startswith('bn.')}
+    bn = {key.removeprefix('bn.'): value for key, value in state_dict.items()
+          if key.startswith('bn.')}
+    return conv, bn
+
+
+def _check_keys(found: Iterable[str], expected: Iterable[str], prefix: str) -> None:
     for problem, keys in (('an unknown key', set(found) - set(expected)),
                           ('no key', set(expected) - set(found))):
         if keys:

@@ -65,6 +65,8 @@ def apply_data_root(cfg: Config, root: str | Path) -> Config:
             evaluator['ann_file'] = str(root / _relative(evaluator['ann_file'], old_roots))
     cfg.data_root = str(root)
     _set_num_classes(cfg.model, len(classes))
+    # finds a head whose config left num_classes to its default
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='NumClassCheckHook')]
     return cfg
 
 

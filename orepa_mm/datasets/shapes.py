@@ -1,4 +1,4 @@
-"""A generated toy data set in COCO layout: three kinds of shapes on noisy ground."""
+"""A generated toy data set in COCO layout: three kinds of shapes on grey, noisy ground."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def make_shapes_coco(root: str | Path, train_images: int = 200, val_images: int 
 
 def _draw_image(generator: np.random.Generator, size: int) -> tuple[np.ndarray, list]:
     """An image `(size, size, 3)` and its (class index, polygon `(n, 2)`) pairs."""
-    ground = generator.integers(40, 216, 3)
-    coarse = generator.normal(0, 10, (size // 16, size // 16, 3)).astype(np.float32)
-    picture = ground + cv2.resize(coarse, (size, size)) + generator.normal(0, 4, (size, size, 3))
+    ground = generator.uniform(90, 150)
+    coarse = generator.normal(0, 8, (size // 16, size // 16, 3)).astype(np.float32)
+    picture = ground + cv2.resize(coarse, (size, size)) + generator.normal(0, 6, (size, size, 3))
     picture = np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8))
     shapes: list[tuple[int, np.ndarray]] = []
     taken: list[tuple[np.ndarray, float]] = []
     for _ in range(generator.integers(3, 8)):
-        radius = generator.uniform(0.08, 0.18) * size
+        radius = generator.uniform(0.08, 0.2) * size
         centre = generator.uniform(radius, size - 1 - radius, 2)
         if any(np.linalg.norm(centre - other) < radius + r for other, r in taken):
             continue
@@ -84,9 +84,8 @@ def _draw_image(generator: np.random.Generator, size: int) -> tuple[np.ndarray, 
         angles = (generator.uniform(-0.3, 0.3) - np.pi * (0.5 if corners == 3 else 0.25)
                   + np.arange(corners) * 2 * np.pi / corners)  # nearly upright
         polygon = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        colour = generator.integers(0, 256, 3)
-        while np.abs(colour - ground).max() < 60:
-            colour = generator.integers(0, 256, 3)
+        vivid = np.uint8([[[generator.integers(180), 230, 230]]])
+        colour = cv2.cvtColor(vivid, cv2.COLOR_HSV2BGR)[0, 0]
         cv2.fillPoly(picture, [polygon.round().astype(np.int32)], colour.tolist(), cv2.LINE_AA)
         shapes.append((category, polygon))
     return picture, shapes

@@ -20,6 +20,7 @@ from ..engine import build_test_runner
 from ..version import __version__
 from .export import deploy_config, save_deployed
 from .measure import count_multiply_adds, count_parameters, measure_latency
+from .metrics import tested_metrics
 from .reparameterize import reparameterize
 from .verify import VerificationReport, verify
 
@@ -94,7 +95,8 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str | Path, folder: str |
             deployed_cfg = Config.fromfile(config_file)
             deployed_cfg.work_dir, deployed_cfg.launcher = cfg.work_dir, cfg.launcher
             deployed_runner = build_test_runner(deployed_cfg, model_file)
-            report['metrics'] = {'training': runner.test(), 'deployed': deployed_runner.test()}
+            report['metrics'] = {'training': tested_metrics(runner, temporary),
+                                 'deployed': tested_metrics(deployed_runner, temporary)}
             _require_equal_metrics(report['metrics'])
         for path in (model_file, config_file):
             path.replace(folder / path.name)
@@ -126,7 +128,8 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     metrics = report.get('metrics', {form: {} for form in FORMS})
     for name in metrics['training']:
-        rows.append((name, *(f'{metrics[form][name]:.4f}' for form in FORMS)))
+        if metrics['training'][name] != -1:  # COCO's mark for: no such object
+            rows.append((name, *(f'{metrics[form][name]:.4f}' for form in FORMS)))
     for name, key, unit, digits in (('parameters (M)', 'parameters', 1e6, 2),
                                     ('multiply-adds (G)', 'multiply_adds', 1e9, 2),
                                     ('latency, median (ms)', 'latency_ms', 1, 1),
@@ -154,9 +157,10 @@ def _costs(before: nn.Module, after: nn.Module, batch: dict, rounds: int) -> dic
         form: count_multiply_adds(lambda model=model: squeeze_and_predict(model))
         for form, model in zip(FORMS, (before, after))
     }
-    latency = measure_latency({'training': lambda: predict(before),
-                               'deployed': lambda: predict(after),
-                               'squeezing': lambda: squeeze_and_predict(before)}, rounds)
+    with torch.no_grad():
+        latency = measure_latency({'training': lambda: predict(before),
+                                   'deployed': lambda: predict(after),
+                                   'squeezing': lambda: squeeze_and_predict(before)}, rounds)
     return {'multiply_adds': multiply_adds, 'latency_ms': latency,
             'input_shape': list(batch['inputs'].shape)}
 

@@ -35,6 +35,7 @@ class OutputError:
 
     @property
     def passed(self) -> bool:
+        """Whether the error is within the tolerance of its dtype."""
         return self.error <= TOLERANCES[self.dtype]
 
 

@@ -1,7 +1,14 @@
 """Running OpenMMLab configs: arguments, config, runner."""
 
-from .launch import (add_config_arguments, build_runner, build_test_runner, check_pretrained,
-                     load_config)
+from .launch import (
+                     add_config_arguments,
+                     build_runner,
+                     build_test_runner,
+                     check_pretrained,
+                     dump_predictions,
+                     load_config,
+                     show_predictions,
+)
 
 __all__ = ['add_config_arguments', 'build_runner', 'build_test_runner', 'check_pretrained',
-           'load_config']
+           'dump_predictions', 'load_config', 'show_predictions']

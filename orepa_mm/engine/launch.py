@@ -104,6 +104,35 @@ def build_test_runner(cfg: Config, checkpoint: str | Path) -> Runner:
     return runner
 
 
+def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Let a test draw its predictions.
+
+    Args:
+        cfg: A config with a visualization hook; changed in place.
+        args: With `show`, `show_dir` and `wait_time`.
+
+    Raises:
+        RuntimeError: If the config has no visualization hook.
+    """
+    from mmdet.engine.hooks.utils import trigger_visualization_hook
+
+    trigger_visualization_hook(cfg, args)
+
+
+def dump_predictions(runner: Runner, path: str) -> None:
+    """Let a test write its predictions as well.
+
+    Args:
+        runner: From `build_test_runner`.
+        path: The `.pkl` file to write.
+    """
+    if runner.cfg.get('default_scope') == 'mmdet':
+        from mmdet.evaluation import DumpDetResults as DumpResults  # encodes masks
+    else:
+        from mmengine.evaluator import DumpResults
+    runner.test_evaluator.metrics.append(DumpResults(out_file_path=path))
+
+
 def check_pretrained(cfg: Config) -> None:
     """Fail before the data are read if a file of pretrained weights is missing.
 

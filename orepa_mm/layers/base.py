@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class ReparamConv2d(nn.Module):
     In eval mode the kernel is generated once and kept as long as no gradient
     can flow to the branches. It is generated anew after `train()`, `eval()`,
     loading, moving to another device or dtype, and any in-place change of a
-    parameter. A write through `parameter.data` is invisible to PyTorch's
-    version counter: call `eval()` after it.
+    parameter. MMEngine's moving averages write through `parameter.data`, which
+    PyTorch's version counter does not see; a checksum of the branches does.
 
     Args:
         in_channels: `I`.
@@ -89,7 +90,7 @@ class ReparamConv2d(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_channels, **self._factory_kwargs))
         else:
             self.register_parameter('bias', None)
-        self._cache: tuple[list, Tensor, int] | None = None
+        self._cache: tuple[_State, Tensor, int] | None = None
 
     extra_repr = nn.Conv2d.extra_repr
 
@@ -128,14 +129,14 @@ class ReparamConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The generated kernel, `(o, i, k, k)`, in the dtype of the parameters."""
-        if self.training or torch.compiler.is_compiling() or self._gradient_can_flow():
+        if self.training or self._gradient_can_flow() or _is_recorded():
             return self._generate()
-        state = self._state()
+        state = _State.of(self)
         if state is None:
             return self._generate()
         if self._cache is not None:
             cached_state, weight, version = self._cache
-            if _same_state(cached_state, state) and weight._version == version:
+            if cached_state.equals(state) and weight._version == version:
                 return weight
         # A tensor made in inference mode could not be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
@@ -226,18 +227,6 @@ class ReparamConv2d(nn.Module):
     def _gradient_can_flow(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
-    def _state(self) -> list[tuple[Tensor, int, int]] | None:
-        """What the kernel depends on, as (alias, address, version) of every tensor.
-
-        The alias keeps the storage alive, so that an address cannot come back
-        for other content. None where a tensor tells no version or address.
-        """
-        try:
-            return [(tensor.detach(), tensor.data_ptr(), tensor._version)
-                    for tensor in (*self.parameters(), *self.buffers())]
-        except RuntimeError:  # inference tensors, tensors inside torch.func transforms
-            return None
-
     def _reference(self) -> Tensor:
         """A branch parameter: its dtype and device are those of the layer."""
         return next(p for name, p in self.named_parameters() if name != 'bias')
@@ -247,6 +236,44 @@ class ReparamConv2d(nn.Module):
                    and not p.is_contiguous() for p in self.parameters())
 
 
-def _same_state(one: list, other: list) -> bool:
-    return len(one) == len(other) and all(
-        a[1:] == b[1:] and a[0].shape == b[0].shape for a, b in zip(one, other))
+def _is_recorded() -> bool:
+    """Whether a compiler or a CUDA graph records what runs: then nothing may be kept."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a generated kernel depends on.
+
+    Attributes:
+        tensors: All parameters and buffers, as (alias, address, version). The
+            alias keeps the storage alive, so that an address cannot come back
+            for other content.
+        checksum: A weighted sum of every row of every branch parameter, which
+            also sees what was written through `parameter.data`.
+    """
+
+    tensors: list[tuple[Tensor, int, int]]
+    checksum: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _State | None:
+        """The present state; None where a tensor tells no version or address."""
+        branches = [p.detach().flatten(1) for p in layer.parameters() if p.dim() > 1]
+        try:
+            tensors = [(tensor.detach(), tensor.data_ptr(), tensor._version)
+                       for tensor in (*layer.parameters(), *layer.buffers())]
+        except RuntimeError:  # inference tensors, tensors inside torch.func transforms
+            return None
+        with torch.no_grad(), _full_precision(branches[0].device):
+            checksum = torch.cat([
+                rows @ torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
+                for rows in branches])
+        return cls(tensors, checksum)
+
+    def equals(self, other: _State) -> bool:
+        return len(self.tensors) == len(other.tensors) and all(
+            one[1:] == two[1:] and one[0].shape == two[0].shape
+            for one, two in zip(self.tensors, other.tensors)
+        ) and torch.equal(self.checksum, other.checksum)

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from orepa_mm.checkpoints import (CheckpointError, load_checkpoint, load_weights,
-                                  model_state_dict, written_whole)
+from orepa_mm.checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    model_state_dict,
+    written_whole,
+)
 
 
 class Evil:
@@ -31,11 +36,8 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
 def test_damaged_file(tmp_path, content):
     path = tmp_path / 'damaged.pth'
     path.write_bytes(content)
-    if content.startswith(b'\x80'):
-        assert load_checkpoint(path) == {'a': 1}  # a plain pickle of plain data is harmless
-    else:
-        with pytest.raises(CheckpointError, match='damaged'):
-            load_checkpoint(path)
+    with pytest.raises(CheckpointError, match='damaged'):
+        load_checkpoint(path)
 
 
 def test_truncated_file(tmp_path):
@@ -75,8 +77,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / 'folder' / 'file.txt'
     with written_whole(path) as temporary:
         temporary.write_text('old')
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as temporary:
-        temporary.write_text('half')
-        raise KeyboardInterrupt
+
+    def write_half():
+        with written_whole(path) as temporary:
+            temporary.write_text('half')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert path.read_text() == 'old'
     assert [p.name for p in path.parent.iterdir()] == ['file.txt']

@@ -4,8 +4,12 @@ import pytest
 import torch
 from helpers import golden, needs_golden
 
-from orepa_mm.checkpoints import (CheckpointError, convert_official_block,
-                                  convert_official_state_dict)
+from orepa_mm.checkpoints import (
+    CheckpointError,
+    convert_checkpoint_file,
+    convert_official_block,
+    convert_official_state_dict,
+)
 
 pytestmark = needs_golden
 
@@ -60,3 +64,21 @@ def test_block_with_a_missing_or_unknown_key():
     block.pop('vector')
     with pytest.raises(CheckpointError, match='no key vector'):
         convert_official_block(block)
+
+
+def test_file_to_pretrained_weights(tmp_path, network):
+    """The whole way of a user: convert, then build with init_cfg."""
+    from mmdet.registry import MODELS
+
+    torch.save({'state_dict': {f'module.{k}': v for k, v in network.items()}},
+               tmp_path / 'authors.pth')
+    target = tmp_path / 'new' / 'ours.pth'
+    assert convert_checkpoint_file(tmp_path / 'authors.pth', target) == len(network)
+    backbone = MODELS.build(dict(
+        type='OREPAResNet', depth=18, base_channels=network['stage0.conv1.bn.weight'].numel(),
+        init_cfg=dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')))
+    backbone.init_weights()
+    assert torch.equal(backbone.layer1[0].conv1.vector, network['stage1.0.conv1.vector'])
+    assert torch.equal(backbone.bn1.running_mean, network['stage0.conv1.bn.running_mean'])
+    with pytest.raises(FileExistsError, match='nothing is overwritten'):
+        convert_checkpoint_file(tmp_path / 'authors.pth', target)

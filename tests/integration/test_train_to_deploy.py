@@ -1,6 +1,7 @@
 """One short real run through the tools: train, resume, test, re-parameterize, test."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -123,6 +124,15 @@ def test_checkpoint_of_the_other_form_is_refused(folder, trained):
         cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
     assert 'does not belong to this model' in result.stderr
+
+
+def test_two_processes_on_the_cpu(folder):
+    output = run('-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', 29417,
+                 'tools/train.py', folder / 'config.py', '--work-dir', folder / 'distributed',
+                 '--data-root', folder / 'data', '--launcher', 'pytorch',
+                 env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '-1'})
+    assert 'coco/bbox_mAP' in output
+    assert (folder / 'distributed' / 'iter_2.pth').is_file()
 
 
 @pytest.mark.parametrize('tool', sorted(path.name for path in (ROOT / 'tools').glob('*.py')))
