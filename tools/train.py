@@ -28,8 +28,7 @@ def main() -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    else:
-        check_pretrained(cfg)
+    check_pretrained(cfg)
     build_runner(cfg).train()
 
 

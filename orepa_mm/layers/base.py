@@ -237,8 +237,8 @@ class ReparamConv2d(nn.Module):
 
 
 def _is_recorded() -> bool:
-    """Whether a compiler or a CUDA graph records what runs: then nothing may be kept."""
-    return torch.compiler.is_compiling() or (
+    """Whether a compiler, tracer or CUDA graph records what runs: then nothing may be kept."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or (
         torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
@@ -261,6 +261,8 @@ class _State:
     def of(cls, layer: nn.Module) -> _State | None:
         """The present state; None where a tensor tells no version or address."""
         branches = [p.detach().flatten(1) for p in layer.parameters() if p.dim() > 1]
+        if branches[0].is_meta or any(type(rows) is not Tensor for rows in branches):
+            return None  # no content, or a subclass (fake, distributed) that may hide it
         try:
             tensors = [(tensor.detach(), tensor.data_ptr(), tensor._version)
                        for tensor in (*layer.parameters(), *layer.buffers())]

@@ -129,7 +129,7 @@ class OREPAConv2d(_BranchedConv2d):
     def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum of the six branches, `(o, i, k, k)`; see the base class."""
         w = self._tensors(dtype)
-        origin, average, prior, sequential, pointwise, separable = w['vector']
+        origin, average, prior, sequential, pointwise, separable = w['vector'].unbind()
         k = self.kernel_size[0]
         centre = torch.zeros_like(w['weight_orepa_avg_avg'])
         centre[k // 2, k // 2] = 1
@@ -203,7 +203,7 @@ class OREPAConv1x1(_BranchedConv2d):
     def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum of both branches, `(o, i, 1, 1)`; see the base class."""
         w = self._tensors(dtype)
-        origin, product = w['vector']
+        origin, product = w['vector'].unbind()
         return squeeze.scale_kernel(w['weight_or1x1_origin'], origin) + squeeze.scale_kernel(
             squeeze.squeeze_sequential(w['weight_or1x1_l2i_conv1'], w['weight_or1x1_l2i_conv2'],
                                        self.groups), product)

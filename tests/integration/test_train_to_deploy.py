@@ -126,6 +126,43 @@ def test_checkpoint_of_the_other_form_is_refused(folder, trained):
     assert 'does not belong to this model' in result.stderr
 
 
+BROKEN = '''
+import runpy, sys
+import orepa_mm.deploy.pipeline as pipeline
+good = pipeline.reparameterize
+def broken(model):
+    model = good(model)
+    model.backbone.layer2[0].conv1.weight.data[{index}].mul_(1.1)
+    return model
+pipeline.reparameterize = broken
+sys.argv[0] = 'tools/reparam.py'
+runpy.run_path('tools/reparam.py', run_name='__main__')
+'''
+
+
+def test_a_wrong_conversion_is_not_saved(folder, trained):
+    """One channel of one layer is ten percent off."""
+    result = subprocess.run(
+        [sys.executable, '-c', BROKEN.format(index=0), folder / 'config.py',
+         folder / 'train' / 'iter_4.pth', '--work-dir', folder / 'test', '--data-root',
+         folder / 'data', '--out', folder / 'wrong'], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'does not compute the same function, nothing was saved' in result.stderr
+    assert 'features[1] in float32' in result.stderr
+    assert not (folder / 'wrong').exists()
+
+
+def test_the_input_is_not_overwritten(folder, trained):
+    checkpoint = folder / 'train' / 'model.pth'
+    checkpoint.write_bytes((folder / 'train' / 'iter_4.pth').read_bytes())
+    result = subprocess.run(
+        [sys.executable, 'tools/reparam.py', folder / 'config.py', checkpoint, '--out',
+         folder / 'train', '--data-root', folder / 'data'],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'would overwrite the input' in result.stderr
+
+
 def test_two_processes_on_the_cpu(folder):
     output = run('-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', 29417,
                  'tools/train.py', folder / 'config.py', '--work-dir', folder / 'distributed',

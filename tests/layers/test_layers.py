@@ -9,6 +9,7 @@ import torch
 from helpers import randomize, relative_error
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 
@@ -224,6 +225,48 @@ def test_kernel_kept_in_inference_mode_can_be_used_outside(layer, x):
     x.requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_tensors_without_content_work(case, x):
+    """Shape inference: on the meta device and with fake tensors."""
+    expected = CASES[case]()(x).shape
+    with torch.no_grad():
+        meta = CASES[case](device='meta').eval()
+        for _ in range(2):
+            assert meta(x.to('meta')).shape == expected
+        with FakeTensorMode() as mode:
+            fake = CASES[case]().eval()
+            for _ in range(2):
+                assert fake(mode.from_tensor(x)).shape == expected
+
+
+def test_inference_tensors_as_parameters(x):
+    with torch.inference_mode():
+        layer = randomize(CASES['kxk']()).eval()
+        for _ in range(2):
+            assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+def test_ensembles_of_layers_under_vmap(x):
+    layers = [randomize(CASES['kxk'](), seed).eval() for seed in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+
+    def run(parameters, buffers):
+        return torch.func.functional_call(layers[0], (parameters, buffers), x)
+
+    with torch.no_grad():
+        found = torch.func.vmap(run)(parameters, buffers)
+        for one, layer in zip(found, layers):
+            assert relative_error(one, layer(x)) < 1e-5
+
+
+def test_tracing_follows_the_parameters(x):
+    layer = randomize(CASES['kxk']()).eval().requires_grad_(False)
+    layer(x)
+    traced = torch.jit.trace(layer, x)
+    layer.vector.mul_(2)
+    assert relative_error(traced(x), layer(x)) < 1e-5
 
 
 def test_eval_mode_still_gives_gradients(layer, x):
