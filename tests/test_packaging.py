@@ -37,7 +37,7 @@ def test_wheel_holds_everything_tracked(names):
 def test_mim_searches_the_configs():
     mim = shutil.which('mim') or str(ROOT / '.venv' / 'bin' / 'mim')
     result = subprocess.run([mim, 'search', 'orepa_mm', '--model',
-                             'faster-rcnn_orepa-r50_fpn_1x_coco'],
+                             'orepa faster r-cnn'],
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert 'faster-rcnn_orepa-r50_fpn_1x_coco' in result.stdout

@@ -3,7 +3,6 @@
 _base_ = 'faster-rcnn_orepa-r18_fpn_1x_coco.py'
 
 image_scale = (256, 256)
-warmup_iters = 50
 
 model = dict(
     backbone=dict(base_channels=32, frozen_stages=-1, norm_eval=False, init_cfg=None),
@@ -46,9 +45,9 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
     clip_grad=dict(max_norm=10))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warmup_iters),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     # down to zero at the last iteration, whichever train_cfg.max_iters says
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=warmup_iters)
+    dict(type='CosineAnnealingLR', by_epoch=False)
 ]
 default_hooks = dict(
     logger=dict(interval=10, log_metric_by_epoch=False),
