@@ -343,6 +343,7 @@ def test_deepcopy_and_pickle_in_the_middle_of_training(layer, x):
     layer.eval()
     with torch.no_grad():
         layer(x)
+    assert copy.deepcopy(layer)._cache is None
     buffer = io.BytesIO()
     torch.save({'model': layer, 'state': layer.state_dict()}, buffer)
     buffer.seek(0)
