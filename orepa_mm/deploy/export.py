@@ -28,6 +28,9 @@ def deploy_config(cfg: Config) -> Config:
     Returns:
         A new config: stock backbone types, no OREPA `conv_cfg`, no pretrained
         weights, no import of this package.
+
+    Raises:
+        ValueError: If something of this package stands where no stock type can.
     """
     content = copy.deepcopy(cfg.to_dict())
     registry = _model_registry()
@@ -89,16 +92,20 @@ def _stock_model(value: Any, registry: Registry) -> Any:
     if not isinstance(value, dict):
         return value
     result = {key: _stock_model(item, registry) for key, item in value.items()
-              if not (key == 'conv_cfg' and _is_ours(item, registry))}
-    if _is_ours(value, registry):
-        result['type'] = registry.get(value['type']).stock_type
+              if not (key == 'conv_cfg' and _our_type(item, registry))}
+    ours = _our_type(value, registry)
+    if ours is not None:
+        if not hasattr(ours, 'stock_type'):
+            raise ValueError(f'{value} has no stock counterpart that a config could name')
+        result['type'] = ours.stock_type
         result.pop('deploy', None)
         result['init_cfg'] = None
     return result
 
 
-def _is_ours(value: Any, registry: Registry) -> bool:
-    """Whether a config's `type` is defined in this package."""
+def _our_type(value: Any, registry: Registry) -> Any:
+    """What a config's `type` names, if it is defined in this package; else None."""
     name = value.get('type') if isinstance(value, dict) else None
     found = registry.get(name) if isinstance(name, str) else name
-    return getattr(found, '__module__', '').partition('.')[0] == _PACKAGE
+    package = getattr(found, '__module__', '').partition('.')[0]
+    return found if package == _PACKAGE else None

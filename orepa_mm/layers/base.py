@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-class ReparamConv2d(nn.Module):
+class ReparamConv2d(nn.Module, ABC):
     """A 2-D convolution whose `weight` is generated from several branches.
 
     It is called, printed and read as `torch.nn.Conv2d` is, and computes
@@ -96,6 +97,7 @@ class ReparamConv2d(nn.Module):
 
     # --- to be given by a subclass -------------------------------------------
 
+    @abstractmethod
     def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
         """Generate the kernel from the branches.
 
@@ -105,11 +107,10 @@ class ReparamConv2d(nn.Module):
         Returns:
             Kernel of shape `(o, i, k, k)` in that type.
         """
-        raise NotImplementedError(f'{type(self).__name__} must implement squeeze()')
 
+    @abstractmethod
     def reset_branches(self) -> None:
         """Draw the branch weights and set the scaling vectors anew."""
-        raise NotImplementedError(f'{type(self).__name__} must implement reset_branches()')
 
     # --- as a convolution ----------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The OREPA blocks: k x k, 1 x 1, and the linear deep stem.
 
-Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022.
+Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022
+(arXiv 2204.00826).
 Parameter names are those of the authors' implementation, so that a block of
 their checkpoints loads as it is, without its BN.
 """
@@ -64,7 +65,7 @@ class OREPAConv2d(_BranchedConv2d):
 
     Branches, in the order of the rows of `vector`: the original kernel, 1 x 1
     with average, 1 x 1 with frequency prior, 1 x 1 then k x k, 1 x 1, and
-    depthwise-separable. Paper, figure 4.
+    depthwise-separable.
 
     Args:
         in_channels: `I`.
@@ -212,8 +213,8 @@ class OREPAConv1x1(_BranchedConv2d):
 class OREPAStemConv2d(ReparamConv2d):
     """The linear deep stem: a large kernel composed of a chain of OREPA 3 x 3 kernels.
 
-    Stride, padding and dilation belong to the one large convolution. Paper,
-    section 3.4; the authors' class is `OREPA_LargeConv`.
+    Stride, padding and dilation belong to the one large convolution. The
+    authors' class is `OREPA_LargeConv`.
 
     Args:
         in_channels: `I`.

@@ -4,8 +4,8 @@ Every function takes and returns tensors, is differentiable, and keeps dtype and
 device. Shapes use the letters of the paper: `o` output channels, `I` input
 channels, `g` groups, `i = I / g`, `k` kernel size, `t` hidden channels.
 
-Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022,
-section 3.3 (squeezing rules) and appendix (block design).
+Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022
+(arXiv 2204.00826), and the authors' implementation where the paper is silent.
 """
 
 from __future__ import annotations
@@ -138,8 +138,7 @@ def compose_stem(kernels: Sequence[Tensor]) -> Tensor:
     """Kernel of the linear deep stem: a chain of 3 x 3 kernels as one large kernel.
 
     The composition is a cross-correlation in weight space, without a flip, so
-    it is the definition of the stem and not a stack of three layers (paper,
-    section 3.4).
+    it is the definition of the stem and not a stack of three layers.
 
     Args:
         kernels: `n` kernels, the first `(o, I, 3, 3)`, the others `(o, o, 3, 3)`.
