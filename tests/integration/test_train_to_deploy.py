@@ -54,6 +54,16 @@ def trained(folder):
     return first, second
 
 
+@pytest.fixture(scope='module')
+def deployed(folder, trained):
+    """The folder of the re-parameterized model."""
+    output = run('tools/reparam.py', folder / 'config.py', folder / 'train' / 'iter_4.pth',
+                 '--work-dir', folder / 'test', '--data-root', folder / 'data', '--out',
+                 folder / 'deployed', '--latency-rounds', 1, '--num-images', 2)
+    assert 'largest relative output difference' in output
+    return folder / 'deployed'
+
+
 def test_resume_goes_on(trained):
     first, second = trained
     assert (first['meta']['iter'], second['meta']['iter']) == (2, 4)
@@ -64,19 +74,15 @@ def test_resume_goes_on(trained):
     assert not torch.equal(second['state_dict'][key], second['ema_state_dict'][f'module.{key}'])
 
 
-def test_test_and_reparam(folder, trained):
-    checkpoint = folder / 'train' / 'iter_4.pth'
-    content = checkpoint.read_bytes()
-    common = ['--work-dir', folder / 'test', '--data-root', folder / 'data']
-    assert 'coco/bbox_mAP' in run('tools/test.py', folder / 'config.py', checkpoint, *common)
-    output = run('tools/reparam.py', folder / 'config.py', checkpoint, *common, '--out',
-                 folder / 'deployed', '--latency-rounds', 1, '--num-images', 2)
-    assert 'largest relative output difference' in output
-    assert checkpoint.read_bytes() == content
-    assert sorted(p.name for p in (folder / 'deployed').iterdir()) == [
-        'config.py', 'model.pth', 'report.json']
+def test_training_form(folder, trained):
+    output = run('tools/test.py', folder / 'config.py', folder / 'train' / 'iter_4.pth',
+                 '--work-dir', folder / 'test', '--data-root', folder / 'data')
+    assert 'coco/bbox_mAP' in output
 
-    report = json.loads((folder / 'deployed' / 'report.json').read_text())
+
+def test_reparam(deployed):
+    assert sorted(p.name for p in deployed.iterdir()) == ['config.py', 'model.pth', 'report.json']
+    report = json.loads((deployed / 'report.json').read_text())
     assert report['verification']['passed']
     assert report['largest_difference']['float64'] < 1e-6
     assert report['parameters']['deployed'] < report['parameters']['training']
@@ -87,10 +93,10 @@ def test_test_and_reparam(folder, trained):
     # tensors and plain types only: loads without any allowlist of ours
     script = ('import sys, torch; c = torch.load(sys.argv[1], weights_only=True); '
               'print(c["meta"]["form"], len(c["state_dict"]))')
-    assert 'deployed' in run('-c', script, folder / 'deployed' / 'model.pth')
+    assert 'deployed' in run('-c', script, deployed / 'model.pth')
 
 
-def test_the_deployed_model_needs_stock_mmdet_only(folder, trained):
+def test_the_deployed_model_needs_stock_mmdet_only(folder, deployed):
     """In a process where orepa_mm cannot be imported, with mmdet's own API."""
     script = '''
 import sys
@@ -110,16 +116,27 @@ print('boxes', tuple(result.pred_instances.bboxes.shape))
         assert complaint not in output
 
 
-def test_checkpoint_of_the_other_form_is_refused(folder, trained):
-    deployed = folder / 'deployed' / 'model.pth'
+def test_report(folder, deployed):
+    out = folder / 'report.html'
+    run('tools/report.py', folder / 'train', deployed, '--out', out,
+        '--num-images', 2)
+    page = out.read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert 'coco/bbox_mAP_50' in page
+    assert 'largest relative output difference' in page
+    for name in ('detections', 'curves'):
+        assert out.with_name(f'report-{name}.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_checkpoint_of_the_other_form_is_refused(folder, deployed):
     result = subprocess.run(
-        [sys.executable, 'tools/test.py', folder / 'config.py', deployed, '--work-dir',
-         folder / 'test', '--data-root', folder / 'data'],
+        [sys.executable, 'tools/test.py', folder / 'config.py', deployed / 'model.pth',
+         '--work-dir', folder / 'test', '--data-root', folder / 'data'],
         cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
     assert 'in training form' in result.stderr
     result = subprocess.run(
-        [sys.executable, 'tools/test.py', folder / 'deployed' / 'config.py',
+        [sys.executable, 'tools/test.py', deployed / 'config.py',
          folder / 'train' / 'iter_4.pth', '--work-dir', folder / 'test'],
         cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
