@@ -12,6 +12,9 @@ from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import VISUALIZERS
 from torch import nn
 
+#: Smaller images are enlarged to this width in pixels before boxes are drawn.
+_DRAWN_WIDTH = 480
+
 
 def draw_detections(models: Mapping[str, nn.Module], images: Sequence[str | Path],
                     score_threshold: float = 0.5) -> Figure:
@@ -22,7 +25,7 @@ def draw_detections(models: Mapping[str, nn.Module], images: Sequence[str | Path
         images: Image files.
         score_threshold: Detections below it are not drawn.
     """
-    figure = Figure(figsize=(3 * len(images), 3.2 * len(models)), layout='constrained')
+    figure = Figure(figsize=(3.2 * len(images), 3.4 * len(models)), layout='constrained')
     grid = figure.subplots(len(models), len(images), squeeze=False)
     for row, (name, model) in zip(grid, models.items()):
         for axes, image in zip(row, images):
@@ -46,8 +49,14 @@ def load_forms(training: tuple[Path, Path], deployed: tuple[Path, Path]) -> dict
 
 def _drawn(model: nn.Module, path: str | Path, score_threshold: float) -> np.ndarray:
     image = mmcv.imread(str(path), channel_order='rgb')
-    visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name=f'{id(model)}-{path}'))
+    result = inference_detector(model, str(path))
+    factor = _DRAWN_WIDTH / image.shape[1]
+    if factor > 1 and 'masks' not in result.pred_instances:
+        # the labels' size is fixed: on a small image they would hide the objects
+        image = mmcv.imrescale(image, factor, interpolation='nearest')
+        result.pred_instances.bboxes *= factor
+    visualizer = VISUALIZERS.build(dict(
+        type='DetLocalVisualizer', name=f'{id(model)}-{path}', line_width=4))
     visualizer.dataset_meta = model.dataset_meta
-    visualizer.add_datasample('', image, inference_detector(model, str(path)), draw_gt=False,
-                              pred_score_thr=score_threshold)
+    visualizer.add_datasample('', image, result, draw_gt=False, pred_score_thr=score_threshold)
     return visualizer.get_image()
