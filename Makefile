@@ -23,7 +23,7 @@ $(DEMO)/train/iter_300.pth: $(DEMO)/shapes/annotations/instances_val2017.json
 	$(MIM) train orepa_mm $(CONFIG) --gpus 0 --work-dir $(DEMO)/train --data-root $(DEMO)/shapes --resume
 
 $(DEMO)/deployed/report.json: $(DEMO)/train/iter_300.pth
-	$(MIM) run orepa_mm reparam configs/faster_rcnn/$(CONFIG) $< --work-dir $(DEMO)/test \
+	$(MIM) run orepa_mm reparam $(CONFIG) $< --work-dir $(DEMO)/test \
 	    --data-root $(DEMO)/shapes --out $(DEMO)/deployed
 
 $(DEMO)/report.html: $(DEMO)/deployed/report.json

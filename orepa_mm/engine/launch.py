@@ -24,7 +24,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The tool's parser; mmdet's names and meanings.
     """
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of one of orepa_mm')
     add = parser.add_argument
     add('--work-dir', help='folder for logs and results; work_dirs/<config name> by default')
     add('--data-root', help='folder in COCO layout (annotations/instances_train2017.json, '
@@ -51,10 +51,8 @@ def load_config(args: argparse.Namespace) -> Config:
         FileNotFoundError: If there is no such config file.
         DataRootError: See `apply_data_root`.
     """
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f'there is no config file {args.config}')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    cfg = Config.fromfile(find_config(args.config))
     cfg.launcher = args.launcher
     if args.data_root is not None:
         apply_data_root(cfg, args.data_root)
@@ -68,6 +66,25 @@ def load_config(args: argparse.Namespace) -> Config:
         import_modules_from_strings(**cfg.custom_imports)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     return cfg
+
+
+def find_config(name: str) -> Path:
+    """Find a config file: a path, or the name of one of the package's own.
+
+    Args:
+        name: Path or bare file name, as `mim train` takes it.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    own = (Path(__file__).parent.parent / '.mim' / 'configs').resolve()
+    found = sorted(own.rglob(name)) if Path(name).name == name else []
+    if not found:
+        raise FileNotFoundError(f'there is no config file {name}, and orepa_mm has none of that '
+                                'name (`mim search orepa_mm` lists them)')
+    return found[0]
 
 
 def build_runner(cfg: Config) -> Runner:
