@@ -1,14 +1,15 @@
 """Running OpenMMLab configs: arguments, config, runner."""
 
 from .launch import (
-                     add_config_arguments,
-                     build_runner,
-                     build_test_runner,
-                     check_pretrained,
-                     dump_predictions,
-                     load_config,
-                     show_predictions,
+    add_config_arguments,
+    build_runner,
+    build_test_runner,
+    check_pretrained,
+    dump_predictions,
+    find_config,
+    load_config,
+    show_predictions,
 )
 
 __all__ = ['add_config_arguments', 'build_runner', 'build_test_runner', 'check_pretrained',
-           'dump_predictions', 'load_config', 'show_predictions']
+           'dump_predictions', 'find_config', 'load_config', 'show_predictions']

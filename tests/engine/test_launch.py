@@ -7,7 +7,7 @@ from helpers import ROOT
 from mmengine.config import Config
 
 from orepa_mm.datasets import make_shapes_coco
-from orepa_mm.engine import add_config_arguments, check_pretrained, load_config
+from orepa_mm.engine import add_config_arguments, check_pretrained, find_config, load_config
 
 FOLDER = ROOT / 'configs' / 'faster_rcnn'
 LIGHT = FOLDER / 'faster-rcnn_orepa-r18-light_fpn_300i_coco.py'
@@ -33,6 +33,11 @@ def test_overrides_in_order(tmp_path):
 @pytest.mark.parametrize('name', ['--local_rank', '--local-rank'])
 def test_both_spellings_of_the_rank(name):
     assert parse(LIGHT, f'{name}=1').local_rank == 1
+
+
+def test_own_configs_are_found_by_name():
+    assert find_config(LIGHT.name) == LIGHT
+    assert find_config(str(LIGHT)) == LIGHT
 
 
 def test_missing_config():
