@@ -228,9 +228,9 @@ class ReparamConv2d(nn.Module, ABC):
     def _gradient_can_flow(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
+    @abstractmethod
     def _reference(self) -> Tensor:
         """A branch parameter: its dtype and device are those of the layer."""
-        return next(p for name, p in self.named_parameters() if name != 'bias')
 
     def _is_channels_last(self) -> bool:
         return any(p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
@@ -262,8 +262,8 @@ class _State:
     def of(cls, layer: nn.Module) -> _State | None:
         """The present state; None where a tensor tells no version or address."""
         branches = [p.detach().flatten(1) for p in layer.parameters() if p.dim() > 1]
-        if branches[0].is_meta or any(type(rows) is not Tensor for rows in branches):
-            return None  # no content, or a subclass (fake, distributed) that may hide it
+        if not branches or branches[0].is_meta or any(type(rows) is not Tensor for rows in branches):
+            return None  # a replica, no content, or a subclass that may hide it
         try:
             tensors = [(tensor.detach(), tensor.data_ptr(), tensor._version)
                        for tensor in (*layer.parameters(), *layer.buffers())]

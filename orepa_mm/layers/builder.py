@@ -20,7 +20,12 @@ def build_orepa_conv(
     in_channels: int,
     out_channels: int,
     kernel_size: int | tuple[int, int],
-    *args: Any,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    bias: bool = True,
+    *,
     pointwise: bool = True,
     **kwargs: Any,
 ) -> ReparamConv2d | nn.Conv2d:
@@ -33,12 +38,16 @@ def build_orepa_conv(
         in_channels: `I`.
         out_channels: `o`.
         kernel_size: `k`, odd.
-        *args: As of `torch.nn.Conv2d`.
+        stride: As of `torch.nn.Conv2d`.
+        padding: As of `torch.nn.Conv2d`.
+        dilation: As of `torch.nn.Conv2d`.
+        groups: `g`.
+        bias: Whether to add a learnable bias.
         pointwise: Whether 1 x 1 convolutions become OREPA blocks as well. The
             authors leave the shortcut of a BasicBlock plain.
-        **kwargs: As of `torch.nn.Conv2d`, and the options of the blocks, which
-            come from `conv_cfg`: `single_init`, `init_hyper_gamma`,
-            `init_hyper_para`.
+        **kwargs: `padding_mode`, `device`, `dtype` as of `torch.nn.Conv2d`, and
+            the options of the blocks, which come from `conv_cfg`:
+            `single_init`, `init_hyper_gamma`, `init_hyper_para`.
 
     Returns:
         The layer; a plain `nn.Conv2d` for 1 x 1 where `pointwise` is false.
@@ -55,10 +64,12 @@ def build_orepa_conv(
         if not pointwise:
             for option in ('single_init', 'init_hyper_gamma', 'init_hyper_para'):
                 kwargs.pop(option, None)
-            return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
-        layer = OREPAConv1x1
-    elif height >= STEM_KERNEL_SIZE and kwargs.get('groups', 1) == 1:
+            layer = nn.Conv2d
+        else:
+            layer = OREPAConv1x1
+    elif height >= STEM_KERNEL_SIZE and groups == 1:
         layer = OREPAStemConv2d
     else:
         layer = OREPAConv2d
-    return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
+    return layer(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                 **kwargs)

@@ -9,7 +9,6 @@ their checkpoints loads as it is, without its BN.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +18,21 @@ from .base import ReparamConv2d
 
 
 class _BranchedConv2d(ReparamConv2d):
-    """What the two branched blocks share: scaling vectors and init options.
-
-    Args:
-        *args: As of `torch.nn.Conv2d`.
-        single_init: Start from the origin branch alone: its scale 1, all others 0.
-        init_hyper_gamma: The initial scales are multiplied by its square root.
-        init_hyper_para: The initial branch weights are multiplied by it.
-        **kwargs: As of `torch.nn.Conv2d`.
-    """
+    """What the two branched blocks share: scaling vectors and init options."""
 
     #: Initial scale of every branch, one row of `vector` each.
     initial_scales: tuple[float, ...]
+    #: Names of the tensors that the kernel is squeezed from.
+    tensor_names: tuple[str, ...]
 
-    def __init__(self, *args: Any, single_init: bool = False, init_hyper_gamma: float = 1.0,
-                 init_hyper_para: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _set_init_options(self, single_init: bool, init_hyper_gamma: float,
+                          init_hyper_para: float) -> None:
         self.single_init = single_init
         self.init_hyper_gamma = init_hyper_gamma
         self.init_hyper_para = init_hyper_para
 
     def _new_parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, **self._factory_kwargs))
-
-    def _constant(self, tensor: Tensor) -> Tensor:
-        options = self._factory_kwargs
-        return tensor.to(options['device'], options['dtype'] or torch.get_default_dtype())
 
     def _reset_scales(self) -> None:
         for row, scale in zip(self.vector, self.initial_scales):
@@ -54,10 +42,13 @@ class _BranchedConv2d(ReparamConv2d):
             nn.init.ones_(self.vector[0])
 
     def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Own parameters and buffers by name, converted to `dtype`."""
+        """What the kernel is squeezed from, by name, converted to `dtype`."""
         dtype = dtype or self.vector.dtype
-        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return {name: tensor.to(dtype) for name, tensor in named.items()}
+        # attributes, not parameters: pruning and parametrizations replace those
+        return {name: getattr(self, name).to(dtype) for name in self.tensor_names}
+
+    def _reference(self) -> Tensor:
+        return self.vector
 
 
 class OREPAConv2d(_BranchedConv2d):
@@ -71,13 +62,18 @@ class OREPAConv2d(_BranchedConv2d):
         in_channels: `I`.
         out_channels: `o`.
         kernel_size: `k`, odd.
-        *args: `stride`, `padding`, `dilation`, `groups`, `bias`, `padding_mode`,
-            `device`, `dtype`, as of `torch.nn.Conv2d`.
-        single_init: Start from the origin branch alone.
+        stride: This and the following as of `torch.nn.Conv2d`.
+        padding: As of `torch.nn.Conv2d`.
+        dilation: As of `torch.nn.Conv2d`.
+        groups: `g`.
+        bias: Whether to add a learnable bias.
+        padding_mode: As of `torch.nn.Conv2d`.
+        device: As of `torch.nn.Conv2d`.
+        dtype: As of `torch.nn.Conv2d`.
+        single_init: Start from the origin branch alone: its scale 1, all others 0.
         init_hyper_gamma: Multiplies the initial scales by its square root.
         init_hyper_para: Multiplies the initial branch weights; the two factors
             of the depthwise-separable branch by its square root each.
-        **kwargs: The same arguments by name.
 
     Attributes:
         vector: Scaling vectors, `(6, o)`.
@@ -93,11 +89,34 @@ class OREPAConv2d(_BranchedConv2d):
     """
 
     initial_scales = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
+    tensor_names = (
+        'vector', 'weight_orepa_origin', 'weight_orepa_avg_conv', 'weight_orepa_avg_avg',
+        'weight_orepa_pfir_conv', 'weight_orepa_prior', 'weight_orepa_1x1_kxk_idconv1',
+        'id_tensor', 'weight_orepa_1x1_kxk_conv2', 'weight_orepa_1x1', 'weight_orepa_gconv_dw',
+        'weight_orepa_gconv_pw')
     expansion = 8
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-                 *args: Any, **kwargs: Any) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        single_init: bool = False,
+        init_hyper_gamma: float = 1.0,
+        init_hyper_para: float = 1.0,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
+        self._set_init_options(single_init, init_hyper_gamma, init_hyper_para)
         o, k, g = self.out_channels, self.kernel_size[0], self.groups
         i = self.in_channels // g
         t = self.in_channels if g <= 4 else 2 * self.in_channels
@@ -112,13 +131,17 @@ class OREPAConv2d(_BranchedConv2d):
         self.weight_orepa_gconv_dw = self._new_parameter(e * self.in_channels, 1, k, k)
         self.weight_orepa_gconv_pw = self._new_parameter(o, e * i, 1, 1)
         self.vector = self._new_parameter(len(self.initial_scales), o)
-        self.register_buffer('weight_orepa_avg_avg', self._constant(torch.full((k, k), 1 / k**2)))
-        self.register_buffer('weight_orepa_prior', self._constant(squeeze.frequency_prior(o, k)))
-        self.register_buffer('id_tensor', self._constant(squeeze.identity_pointwise(t, i)))
+        for name, shape in (('weight_orepa_avg_avg', (k, k)), ('weight_orepa_prior', (o, k, k)),
+                            ('id_tensor', (t, i, 1, 1))):
+            self.register_buffer(name, torch.empty(shape, **self._factory_kwargs))
         self.reset_parameters()
 
     def reset_branches(self) -> None:
         """Kaiming-uniform weights, the identity-based 1 x 1 at zero, scales as published."""
+        k = self.kernel_size[0]
+        self.weight_orepa_avg_avg.fill_(1 / k**2)
+        self.weight_orepa_prior.copy_(squeeze.frequency_prior(self.out_channels, k))
+        self.id_tensor.copy_(squeeze.identity_pointwise(*self.id_tensor.shape[:2]))
         para = self.init_hyper_para
         for name, weight in self.named_parameters(recurse=False):
             if name.startswith('weight_orepa_'):
@@ -159,11 +182,17 @@ class OREPAConv1x1(_BranchedConv2d):
         in_channels: `I`.
         out_channels: `o`.
         kernel_size: 1.
-        *args: As of `torch.nn.Conv2d`.
-        single_init: Start from the origin branch alone.
+        stride: This and the following as of `torch.nn.Conv2d`.
+        padding: As of `torch.nn.Conv2d`.
+        dilation: As of `torch.nn.Conv2d`.
+        groups: `g`.
+        bias: Whether to add a learnable bias.
+        padding_mode: As of `torch.nn.Conv2d`.
+        device: As of `torch.nn.Conv2d`.
+        dtype: As of `torch.nn.Conv2d`.
+        single_init: Start from the origin branch alone: its scale 1, the other 0.
         init_hyper_gamma: Multiplies the initial scales by its square root.
         init_hyper_para: Multiplies the initial weights other than the identity.
-        **kwargs: The same arguments by name.
 
     Attributes:
         vector: Scaling vectors, `(2, o)`.
@@ -176,10 +205,30 @@ class OREPAConv1x1(_BranchedConv2d):
     """
 
     initial_scales = (1.0, 0.5)
+    tensor_names = ('vector', 'weight_or1x1_origin', 'weight_or1x1_l2i_conv1',
+                    'weight_or1x1_l2i_conv2')
 
-    def __init__(self, in_channels: int, out_channels: int,
-                 kernel_size: int | tuple[int, int] = 1, *args: Any, **kwargs: Any) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        single_init: bool = False,
+        init_hyper_gamma: float = 1.0,
+        init_hyper_para: float = 1.0,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
+        self._set_init_options(single_init, init_hyper_gamma, init_hyper_para)
         if self.kernel_size != (1, 1):
             raise ValueError(f'OREPAConv1x1 is a 1 x 1 convolution, got kernel_size={kernel_size}')
         i = self.in_channels // self.groups
@@ -220,11 +269,17 @@ class OREPAStemConv2d(ReparamConv2d):
         in_channels: `I`.
         out_channels: `o`.
         kernel_size: `k`, odd and larger than 3; `(k - 1) / 2` kernels are chained.
-        *args: As of `torch.nn.Conv2d`.
+        stride: This and the following as of `torch.nn.Conv2d`.
+        padding: As of `torch.nn.Conv2d`.
+        dilation: As of `torch.nn.Conv2d`.
+        groups: 1.
+        bias: Whether to add a learnable bias.
+        padding_mode: As of `torch.nn.Conv2d`.
+        device: As of `torch.nn.Conv2d`.
+        dtype: As of `torch.nn.Conv2d`.
         single_init: Passed to every 3 x 3 kernel generator.
         init_hyper_gamma: Passed to every 3 x 3 kernel generator.
         init_hyper_para: Passed to every 3 x 3 kernel generator.
-        **kwargs: The same arguments by name.
 
     Attributes:
         weight0: Generator of the first kernel, `(o, I, 3, 3)`; `weight1` and so on
@@ -234,10 +289,26 @@ class OREPAStemConv2d(ReparamConv2d):
         ValueError: If `kernel_size` is not larger than 3 or `groups` is not 1.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-                 *args: Any, single_init: bool = False, init_hyper_gamma: float = 1.0,
-                 init_hyper_para: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        single_init: bool = False,
+        init_hyper_gamma: float = 1.0,
+        init_hyper_para: float = 1.0,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
         if self.kernel_size[0] <= 3:
             raise ValueError('OREPAStemConv2d needs a kernel larger than 3 x 3 '
                              f'(OREPAConv2d is the block for 3 x 3), got {kernel_size}')
@@ -258,6 +329,9 @@ class OREPAStemConv2d(ReparamConv2d):
     def generators(self) -> list[OREPAConv2d]:
         """The generators of the chained 3 x 3 kernels, in order."""
         return [getattr(self, f'weight{j}') for j in range(self.depth)]
+
+    def _reference(self) -> Tensor:
+        return self.weight0.vector
 
     def reset_branches(self) -> None:
         """Initialise every generator as an `OREPAConv2d`."""
