@@ -22,7 +22,6 @@ def _register() -> None:
             warnings.warn(f'{module} could not be loaded, so OREPA models cannot be built: '
                           f'{type(error).__name__}: {error}. '
                           'Run `python -m orepa_mm.doctor` to see what is missing.', stacklevel=3)
-            return
 
 
 _register()

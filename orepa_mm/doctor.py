@@ -153,7 +153,8 @@ def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:
 
 
 def _registered() -> Finding:
-    problem = import_problem('orepa_mm.backbones.det')
+    problem = next(filter(None, map(import_problem, (
+        'orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones.det'))), '')
     version = version_of('orepa_mm') or 'source tree'
     return Finding('orepa_mm', problem or f'{version}, OREPAResNet and OREPAResNeXt registered',
                    problem and 'solve the problems above')

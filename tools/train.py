@@ -1,6 +1,7 @@
 """Train a model from any OpenMMLab config."""
 
 import argparse
+import sys
 
 from orepa_mm.engine import add_config_arguments, build_runner, check_pretrained, load_config
 
@@ -24,6 +25,8 @@ def main() -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:
+        if 'auto_scale_lr' not in cfg:
+            sys.exit('error: --auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
         cfg.resume = True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmcv.cnn import build_conv_layer
 from torch import nn
 
+from ..checkpoints import load_pretrained
 from ..layers import replace_with_conv2d
 
 
@@ -38,7 +40,24 @@ class OREPABackboneMixin:
         conv_cfg = kwargs['conv_cfg']
         if conv_cfg is not None and conv_cfg['type'] == 'OREPA' and kwargs['block'].expansion == 1:
             kwargs['conv_cfg'] = {**conv_cfg, 'pointwise': False}
-        return super().make_res_layer(**kwargs)
+        if conv_cfg is None or kwargs.get('dcn') is None:
+            return super().make_res_layer(**kwargs)
+        # The stock block refuses a conv_cfg beside deformable convolutions, which stay.
+        stage = super().make_res_layer(**{**kwargs, 'conv_cfg': None})
+        for block in stage:
+            _replace_convs(block, conv_cfg)
+            if block.downsample is not None:
+                _replace_convs(block.downsample, conv_cfg)
+        return stage
+
+    def init_weights(self) -> None:
+        """Initialise as the stock class does, but load pretrained weights strictly."""
+        init_cfg = self.init_cfg
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            load_pretrained(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
+            self._is_init = True
+        else:
+            super().init_weights()
 
     def switch_to_deploy(self) -> None:
         """Re-parameterize in place: afterwards this is the stock network.
@@ -68,3 +87,13 @@ class OREPABackboneMixin:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+
+
+def _replace_convs(block: nn.Module, conv_cfg: dict) -> None:
+    """Build the plain convolutions right below `block` anew, of another type."""
+    for name, conv in list(block.named_children()):
+        if type(conv) is nn.Conv2d:
+            setattr(block, name, build_conv_layer(
+                conv_cfg, conv.in_channels, conv.out_channels, conv.kernel_size,
+                stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+                groups=conv.groups, bias=conv.bias is not None))

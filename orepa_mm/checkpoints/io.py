@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 
@@ -90,6 +92,43 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
     except RuntimeError as error:
         raise CheckpointError(f'{path} does not belong to this model. {error}') from error
     return checkpoint
+
+
+def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -> None:
+    """Load pretrained weights into a part of a model; nothing may stay at its random value.
+
+    MMEngine alone would only warn of missing or misshapen weights.
+
+    Args:
+        module: For example a backbone.
+        source: As of `init_cfg=dict(type='Pretrained', checkpoint=...)`: a local
+            file, or an address that MMEngine's loader knows.
+        prefix: Only keys that begin with it are taken, without it.
+
+    Raises:
+        CheckpointError: If a key of the module is missing, or a shape differs.
+    """
+    if '://' in source:
+        checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
+    else:
+        checkpoint = load_checkpoint(source)
+    state = model_state_dict(checkpoint)
+    if prefix:
+        prefix = prefix.rstrip('.') + '.'
+        state = {key.removeprefix(prefix): value for key, value in state.items()
+                 if key.startswith(prefix)}
+        if not state:
+            raise CheckpointError(f'{source} has no key that begins with {prefix}')
+    try:
+        result = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f'{source} does not fit {type(module).__name__}. {error}') from error
+    if result.missing_keys:
+        raise CheckpointError(
+            f'{source} does not fit {type(module).__name__}: it has no '
+            f'{", ".join(result.missing_keys[:5])} ({len(result.missing_keys)} keys in all)')
+    if result.unexpected_keys:
+        print_log(f'{source}: not used are {", ".join(result.unexpected_keys)}', 'current')
 
 
 @contextlib.contextmanager

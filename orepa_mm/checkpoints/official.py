@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import OREPAConv1x1, OREPAConv2d
+from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 from .io import CheckpointError, load_checkpoint, model_state_dict, written_whole
 
 #: (has three convolutions per block, blocks per stage) of the published ResNets.
@@ -24,6 +24,9 @@ _ARCHITECTURES = {
     50: (True, (3, 4, 6, 3)),
     101: (True, (3, 4, 23, 3)),
 }
+
+#: The 7 x 7 stem is a chain of so many 3 x 3 kernels.
+_STEM_KERNELS = 3
 
 _BN_KEYS = frozenset(nn.BatchNorm2d(1).state_dict())
 _BLOCK_KEYS = {
@@ -49,10 +52,12 @@ def convert_official_block(
         `nn.Conv2d`, and state dict of the BN.
 
     Raises:
-        CheckpointError: If a key is unknown or missing; it is named.
+        CheckpointError: If a key is unknown or missing, or a shape does not fit
+            the others; it is named.
     """
-    if any(re.match(r'weight\d+\.', key) for key in state_dict):
-        kind = 'stem'
+    numbers = {int(m[1]) for key in state_dict if (m := re.match(r'weight(\d+)\.', key))}
+    if numbers:
+        kind = max(numbers) + 1
     elif any(key.startswith('weight_or1x1_') for key in state_dict):
         kind = 'OREPA_1x1'
     else:
@@ -75,6 +80,10 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tens
         CheckpointError: If a key is unknown or missing; it is named.
     """
     state = model_state_dict(checkpoint)
+    others = [key for key, value in checkpoint.get('state_dict', checkpoint).items()
+              if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f'the checkpoint has an unknown key {others[0]}, which is no tensor')
     rest = dict(state)
     converted: dict[str, Tensor] = {}
     for source, kind, conv_name, bn_name in _blocks(_depth_of(state)):
@@ -86,6 +95,8 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tens
         converted.update({f'backbone.{conv_name}.{key}': value for key, value in conv.items()})
         converted.update({f'backbone.{bn_name}.{key}': value for key, value in bn.items()})
     _check_keys(rest.keys(), {'linear.weight', 'linear.bias'}, '')
+    if rest['linear.weight'].shape[:1] != rest['linear.bias'].shape:
+        raise CheckpointError('linear.weight and linear.bias differ in their number of classes')
     converted.update({'head.fc.weight': rest['linear.weight'], 'head.fc.bias': rest['linear.bias']})
     return converted
 
@@ -129,11 +140,14 @@ def _depth_of(state: Mapping[str, Tensor]) -> int:
         f'{blocks} blocks in stage1 to stage4 and begins with the keys {first}')
 
 
-def _blocks(depth: int) -> Iterator[tuple[str, str, str, str]]:
-    """(the authors' block, its kind, our convolution, our BN) for every block of a ResNet."""
+def _blocks(depth: int) -> Iterator[tuple[str, str | int, str, str]]:
+    """(the authors' block, its kind, our convolution, our BN) for every block of a ResNet.
+
+    The kind of a stem is the number of its 3 x 3 kernels.
+    """
     bottleneck, stage_blocks = _ARCHITECTURES[depth]
     kinds = ['OREPA_1x1', 'OREPA', 'OREPA_1x1'] if bottleneck else ['OREPA', 'OREPA']
-    yield 'stage0.conv1', 'stem', 'conv1', 'bn1'
+    yield 'stage0.conv1', _STEM_KERNELS, 'conv1', 'bn1'
     for stage, count in enumerate(stage_blocks, start=1):
         for index in range(count):
             source, target = f'stage{stage}.{index}', f'layer{stage}.{index}'
@@ -144,13 +158,11 @@ def _blocks(depth: int) -> Iterator[tuple[str, str, str, str]]:
                        f'{target}.downsample.0', f'{target}.downsample.1')
 
 
-def _split_block(state_dict: Mapping[str, Tensor], kind: str, prefix: str
+def _split_block(state_dict: Mapping[str, Tensor], kind: str | int, prefix: str
                  ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State dicts of the convolution and the BN; `prefix` is for errors."""
-    if kind == 'stem':
-        numbers = [int(m[1]) for key in state_dict if (m := re.match(r'weight(\d+)\.', key))]
-        expected = {f'weight{n}.{key}' for n in range(max(numbers, default=2) + 1)
-                    for key in _BLOCK_KEYS['OREPA']}
+    if isinstance(kind, int):
+        expected = {f'weight{n}.{key}' for n in range(kind) for key in _BLOCK_KEYS['OREPA']}
     else:
         expected = {f'conv.{key}' if kind == 'plain' else key for key in _BLOCK_KEYS[kind]}
     _check_keys(state_dict, expected | {f'bn.{key}' for key in _BN_KEYS}, prefix)
@@ -158,7 +170,32 @@ def _split_block(state_dict: Mapping[str, Tensor], kind: str, prefix: str
             if not key.startswith('bn.')}
     bn = {key.removeprefix('bn.'): value for key, value in state_dict.items()
           if key.startswith('bn.')}
+    layer = _empty_layer(conv, kind)
+    for part, module, given in (('', layer, conv), ('bn.', nn.BatchNorm2d(
+            layer.out_channels, device='meta'), bn)):
+        for key, tensor in module.state_dict().items():
+            if tensor.shape != given[key].shape:
+                raise CheckpointError(
+                    f'{prefix}{part}{key} has the shape {tuple(given[key].shape)}, where the '
+                    f'other tensors of its block ask for {tuple(tensor.shape)}')
     return conv, bn
+
+
+def _empty_layer(state: Mapping[str, Tensor], kind: str | int) -> nn.Module:
+    """A layer without content whose size is that of the block's main kernel."""
+    if isinstance(kind, int):
+        out, channels = state['weight0.weight_orepa_origin'].shape[:2]
+        return OREPAStemConv2d(channels, out, 2 * kind + 1, bias=False, device='meta')
+    if kind == 'OREPA':
+        out, group_in, size = state['weight_orepa_origin'].shape[:3]
+        channels = state['weight_orepa_gconv_dw'].shape[0] // OREPAConv2d.expansion
+        return OREPAConv2d(channels, out, size, groups=channels // group_in, bias=False,
+                           device='meta')
+    if kind == 'OREPA_1x1':
+        out, channels = state['weight_or1x1_origin'].shape[:2]
+        return OREPAConv1x1(channels, out, bias=False, device='meta')
+    out, channels = state['weight'].shape[:2]
+    return nn.Conv2d(channels, out, 1, bias=False, device='meta')
 
 
 def _check_keys(found: Iterable[str], expected: Iterable[str], prefix: str) -> None:

@@ -34,8 +34,10 @@ def allow_runner_checkpoints() -> None:
 
     Loading stays safe (`weights_only`). Called once, on `import orepa_mm`.
     """
-    from numpy._core import multiarray
-
+    try:
+        from numpy._core import multiarray
+    except ImportError:  # NumPy before 1.26
+        from numpy.core import multiarray
     reconstruct, scalar = multiarray._reconstruct, multiarray.scalar
     torch.serialization.add_safe_globals([
         HistoryBuffer, np.ndarray, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)),

@@ -53,8 +53,8 @@ def apply_data_root(cfg: Config, root: str | Path) -> Config:
         elif names != classes:
             raise DataRootError(f'the categories of {annotation} are {names}, but those of '
                                 f'{source} are {classes}: make them the same, in the same order')
-        for folder in dict(dataset.get('data_prefix') or {}).values():
-            if not (root / folder).is_dir():
+        for kind, folder in dict(dataset.get('data_prefix') or {}).items():
+            if kind in ('img', 'img_path') and not (root / folder).is_dir():
                 raise DataRootError(f'{root / folder} is missing: the config reads images of '
                                     f'{annotation.name} from there')
         dataset['data_root'] = str(root)

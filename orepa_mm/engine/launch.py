@@ -54,10 +54,11 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(find_config(args.config))
     cfg.launcher = args.launcher
+    options = args.cfg_options or {}
+    cfg.merge_from_dict(options)
     if args.data_root is not None:
         apply_data_root(cfg, args.data_root)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+        cfg.merge_from_dict(options)  # what is asked for explicitly wins
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -160,7 +161,7 @@ def check_pretrained(cfg: Config) -> None:
         FileNotFoundError: It says where the file comes from, and how to do without.
     """
     for where, init_cfg in _init_cfgs(cfg.model, 'model'):
-        path = init_cfg.get('checkpoint', '')
+        path = init_cfg.get('checkpoint') or ''
         if init_cfg.get('type') == 'Pretrained' and '://' not in path and not Path(path).is_file():
             raise FileNotFoundError(
                 f'{where}.init_cfg asks for the pretrained weights {path}, which is no file.\n'

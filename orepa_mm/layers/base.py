@@ -262,7 +262,7 @@ class _State:
     def of(cls, layer: nn.Module) -> _State | None:
         """The present state; None where a tensor tells no version or address."""
         branches = [p.detach().flatten(1) for p in layer.parameters() if p.dim() > 1]
-        if not branches or branches[0].is_meta or any(type(rows) is not Tensor for rows in branches):
+        if not branches or branches[0].is_meta or any(type(b) is not Tensor for b in branches):
             return None  # a replica, no content, or a subclass that may hide it
         try:
             tensors = [(tensor.detach(), tensor.data_ptr(), tensor._version)

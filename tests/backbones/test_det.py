@@ -11,6 +11,7 @@ from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
 from orepa_mm.backbones import OREPAResNet, OREPAResNeXt
+from orepa_mm.checkpoints import CheckpointError
 from orepa_mm.deploy import is_training_form, reparameterize
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 
@@ -24,6 +25,12 @@ CASES = {
     'two stages': dict(type='OREPAResNet', **NARROW, num_stages=2, strides=(1, 2),
                        dilations=(1, 1), out_indices=(0, 1)),
     'deep stem': dict(type='OREPAResNet', **NARROW, deep_stem=True, avg_down=True),
+    'deformable': dict(type='OREPAResNet', depth=50, base_channels=8,
+                       dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
+                       stage_with_dcn=(False, True, True, True)),
+    'deformable resnext': dict(type='OREPAResNeXt', depth=50, base_channels=16, groups=4,
+                               base_width=2, stage_with_dcn=(False, False, False, True),
+                               dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False)),
     'caffe style': dict(type='OREPAResNet', depth=50, base_channels=8, style='caffe'),
 }
 
@@ -65,6 +72,41 @@ def test_blocks_by_kernel_size():
     assert isinstance(bottleneck.layer2[0].downsample[0], OREPAConv1x1)
     convolutions = [m for m in bottleneck.modules() if isinstance(m, nn.Conv2d)]
     assert not convolutions
+
+
+def test_deformable_convolutions_stay_the_others_do_not():
+    block = OREPAResNet(**{k: v for k, v in CASES['deformable'].items() if k != 'type'}).layer2[0]
+    assert type(block.conv2).__name__ == 'ModulatedDeformConv2dPack'
+    for layer in (block.conv1, block.conv3, block.downsample[0]):
+        assert isinstance(layer, OREPAConv1x1)
+    assert block.downsample[0].stride == (2, 2)
+
+
+def test_pretrained_weights_that_do_not_fit_are_an_error(tmp_path):
+    source = OREPAResNet(**NARROW)
+    state = {f'backbone.{key}': value for key, value in source.state_dict().items()}
+    torch.save({'state_dict': {**state, 'head.fc.weight': torch.zeros(2, 2)}}, tmp_path / 'a.pth')
+
+    def build(path, prefix='backbone.', **kwargs):
+        backbone = OREPAResNet(**{**NARROW, **kwargs}, init_cfg=dict(
+            type='Pretrained', checkpoint=str(path), prefix=prefix))
+        backbone.init_weights()
+        return backbone
+
+    loaded = build(tmp_path / 'a.pth')
+    for key, value in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    with pytest.raises(CheckpointError, match='size mismatch'):
+        build(tmp_path / 'a.pth', base_channels=16)
+    with pytest.raises(CheckpointError, match='no key that begins with model'):
+        build(tmp_path / 'a.pth', prefix='model')
+    torch.save(ResNet(**NARROW).state_dict(), tmp_path / 'stock.pth')
+    with pytest.raises(CheckpointError, match='plain convolution'):
+        build(tmp_path / 'stock.pth', prefix=None)
+    del state['backbone.layer3.1.conv2.vector']
+    torch.save(state, tmp_path / 'b.pth')
+    with pytest.raises(CheckpointError, match=r'no layer3\.1\.conv2\.vector'):
+        build(tmp_path / 'b.pth')
 
 
 def test_options_reach_the_layers():
