@@ -36,6 +36,8 @@ def test_this_environment_is_healthy(monkeypatch, capsys):
     ({}, {'torchvision': 'RuntimeError: operator torchvision::nms does not exist'},
      'torchvision', 'another torch'),
     ({}, {'mmdet.models': 'AssertionError: MMCV==2.2.0 is used'}, 'mmdet', 'cannot be built'),
+    ({}, {'orepa_mm.checkpoints': "ModuleNotFoundError: No module named 'numpy._core'"},
+     'orepa_mm', 'numpy._core'),
     ({'mmdet': None, 'onedl-mmdetection': None}, {}, 'mmdet', 'pip install mmdet'),
 ])
 def test_each_trap_is_recognised(monkeypatch, capsys, versions, imports, name, text):

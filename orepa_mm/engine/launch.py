@@ -162,7 +162,9 @@ def check_pretrained(cfg: Config) -> None:
     """
     for where, init_cfg in _init_cfgs(cfg.model, 'model'):
         path = init_cfg.get('checkpoint') or ''
-        if init_cfg.get('type') == 'Pretrained' and '://' not in path and not Path(path).is_file():
+        if init_cfg.get('type') != 'Pretrained' or not path or '://' in path:
+            continue
+        if not Path(path).is_file():
             raise FileNotFoundError(
                 f'{where}.init_cfg asks for the pretrained weights {path}, which is no file.\n'
                 'Make it from a checkpoint of the OREPA authors with\n'

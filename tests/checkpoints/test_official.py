@@ -40,6 +40,30 @@ def test_missing_key_is_named(network, key):
         convert_official_state_dict(network)
 
 
+def test_missing_or_additional_kernel_of_the_stem(network):
+    more = {key.replace('weight2', 'weight3'): value for key, value in network.items()
+            if key.startswith('stage0.conv1.weight2.')}
+    with pytest.raises(CheckpointError, match=r'unknown key stage0\.conv1\.weight3'):
+        convert_official_state_dict({**network, **more})
+    fewer = {key: value for key, value in network.items() if '.weight2.' not in key}
+    with pytest.raises(CheckpointError, match=r'no key stage0\.conv1\.weight2'):
+        convert_official_state_dict(fewer)
+
+
+def test_what_is_no_tensor_is_named(network):
+    with pytest.raises(CheckpointError, match='unknown key surprise, which is no tensor'):
+        convert_official_state_dict({**network, 'surprise': 3})
+
+
+@pytest.mark.parametrize('key', ['stage1.0.conv1.vector', 'stage0.conv1.bn.bias', 'linear.bias',
+                                 'stage0.conv1.weight1.weight_orepa_origin',
+                                 'stage2.0.shortcut.bn.running_mean'])
+def test_a_shape_that_does_not_fit_is_named(network, key):
+    network[key] = network[key][:-1]
+    with pytest.raises(CheckpointError, match=key.replace('.', r'\.')):
+        convert_official_state_dict(network)
+
+
 def test_missing_block_is_named(network):
     network = {k: v for k, v in network.items() if not k.startswith('stage3.0.shortcut.')}
     with pytest.raises(CheckpointError, match=r'no stage3\.0\.shortcut'):

@@ -1,11 +1,14 @@
 """COCO's statistics with all their digits, where the answer is known."""
 
 import json
+import math
 
 import pytest
 from pycocotools.coco import COCO
 
+from orepa_mm.deploy import VerificationError
 from orepa_mm.deploy.metrics import coco_statistics
+from orepa_mm.deploy.pipeline import _require_equal_metrics
 
 
 def test_half_of_the_objects_found(tmp_path):
@@ -24,3 +27,15 @@ def test_half_of_the_objects_found(tmp_path):
     assert statistics[0] == pytest.approx(51 / 101, abs=1e-12)
     assert statistics[1] == pytest.approx(51 / 101, abs=1e-12)
     assert statistics[6] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(('training', 'deployed', 'equal'), [
+    (0.5, 0.5, True), (0.5, 0.50009, True), (0.5, 0.5002, False), (0.5, 0.4998, False),
+    (math.nan, math.nan, True), (0.5, math.nan, False), (math.nan, 0.5, False)])
+def test_a_metric_may_move_by_a_ten_thousandth(training, deployed, equal):
+    metrics = {'training': {'AP': training}, 'deployed': {'AP': deployed}}
+    if equal:
+        _require_equal_metrics(metrics)
+    else:
+        with pytest.raises(VerificationError, match='nothing was saved'):
+            _require_equal_metrics(metrics)

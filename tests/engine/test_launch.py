@@ -30,6 +30,15 @@ def test_overrides_in_order(tmp_path):
     assert load_config(parse(LIGHT, '--work-dir', 'here')).work_dir == 'here'
 
 
+def test_data_root_with_other_file_names(tmp_path):
+    make_shapes_coco(tmp_path, 1, 1, 64)
+    (tmp_path / 'annotations' / 'instances_train2017.json').rename(tmp_path / 'mine.json')
+    cfg = load_config(parse(LIGHT, '--data-root', tmp_path, '--cfg-options',
+                            'train_dataloader.dataset.ann_file=mine.json'))
+    assert cfg.train_dataloader.dataset.ann_file == 'mine.json'
+    assert cfg.model.roi_head.bbox_head.num_classes == 3
+
+
 @pytest.mark.parametrize('name', ['--local_rank', '--local-rank'])
 def test_both_spellings_of_the_rank(name):
     assert parse(LIGHT, f'{name}=1').local_rank == 1
@@ -54,5 +63,7 @@ def test_missing_pretrained_weights_say_what_to_do():
     options = message.partition('--cfg-options ')[2].split()
     cfg.merge_from_dict({key: {'None': None, '-1': -1, 'False': False}[value]
                          for key, value in (option.split('=') for option in options)})
+    check_pretrained(cfg)
+    cfg.model.neck.init_cfg = dict(type='Pretrained', checkpoint=None)
     check_pretrained(cfg)
     assert cfg.model.backbone.frozen_stages == -1

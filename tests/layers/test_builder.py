@@ -8,7 +8,7 @@ from torch import nn
 
 import orepa_mm  # noqa: F401  registers the conv layer type
 from orepa_mm.deploy import reparameterize
-from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d, build_orepa_conv
 
 
 @pytest.mark.parametrize(('kernel_size', 'groups', 'kind'), [
@@ -25,6 +25,10 @@ def test_block_by_kernel_size(kernel_size, groups, kind):
     vector = layer.weight0.vector if kind is OREPAStemConv2d else layer.vector
     assert vector[0].eq(1).all()
     assert vector[1:].eq(0).all()
+
+
+def test_groups_by_position():
+    assert type(build_orepa_conv(8, 8, 7, 1, 3, 1, 4)) is OREPAConv2d
 
 
 def test_pointwise_can_be_left_plain():

@@ -10,6 +10,8 @@ from helpers import randomize, relative_error
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 
@@ -74,6 +76,47 @@ def test_padding_by_name(x):
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize('cls', [OREPAConv2d, OREPAStemConv2d])
+def test_every_argument_by_position(cls):
+    """As nn.Conv2d: up to device and dtype."""
+    arguments = (4, 6, 5, 2, 2, 1, 1, False, 'reflect', 'cpu', torch.float64)
+    layer, conv = cls(*arguments), nn.Conv2d(*arguments)
+    assert layer.extra_repr() == conv.extra_repr()
+    assert layer.weight.dtype == torch.float64
+    assert OREPAConv1x1(4, 6, 1, 2, 0, 1, 2, False, 'zeros', 'cpu', torch.float64).groups == 2
+
+
+@pytest.mark.parametrize('options', [{}, {'groups': 2}])
+def test_built_without_memory_then_reset(options, x):
+    layer = OREPAConv2d(4, 8, 3, device='meta', **options).to_empty(device='cpu')
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        nn.init.constant_(tensor, 7.0)
+    layer.reset_parameters()
+    fresh = OREPAConv2d(4, 8, 3, **options)
+    for name, constant in fresh.named_buffers():
+        assert torch.equal(layer.get_buffer(name), constant)
+    assert isinstance(nn.utils.skip_init(OREPAConv2d, 3, 4, 3), OREPAConv2d)
+
+
+def test_pruned_and_parametrized_branches(x):
+    layer = randomize(CASES['kxk']())
+    prune.l1_unstructured(layer, 'weight_orepa_origin', 0.5)
+    register_parametrization(layer, 'vector', nn.Softplus())
+    assert layer.weight_orepa_origin.eq(0).float().mean() == 0.5
+    for mode in (True, False):
+        layer.train(mode)
+        with torch.no_grad():
+            assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+            layer.parametrizations.vector.original.add_(1)
+            assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize('shape', [(4, 9, 7), (0, 4, 9, 7)])
+def test_unbatched_and_empty_input(layer, shape):
+    x = torch.randn(shape)
+    assert layer(x).shape == expected_output(layer, x).shape
 
 
 # --- initialisation -------------------------------------------------------------
