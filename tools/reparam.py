@@ -4,7 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from orepa_mm.deploy import VerificationError, print_report, reparameterize_checkpoint
+from orepa_mm.checkpoints import CheckpointError
+from orepa_mm.datasets import DataRootError
+from orepa_mm.deploy import (
+    NothingToConvertError,
+    VerificationError,
+    print_report,
+    reparameterize_checkpoint,
+)
 from orepa_mm.engine import add_config_arguments, load_config
 
 
@@ -30,7 +37,8 @@ def main() -> int:
         report = reparameterize_checkpoint(load_config(args), args.checkpoint, out,
                                            not args.skip_test, args.num_images,
                                            args.latency_rounds)
-    except (ValueError, VerificationError, FileNotFoundError, FileExistsError) as error:
+    except (CheckpointError, DataRootError, NothingToConvertError, VerificationError,
+            FileNotFoundError, FileExistsError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     print_report(report)

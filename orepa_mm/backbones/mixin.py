@@ -87,8 +87,6 @@ class OREPABackboneMixin:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-
-
 def _replace_convs(block: nn.Module, conv_cfg: dict) -> None:
     """Build the plain convolutions right below `block` anew, of another type."""
     for name, conv in list(block.named_children()):

@@ -3,19 +3,10 @@
 from .export import deploy_config, save_deployed
 from .measure import benchmark_backbone
 from .pipeline import VerificationError, print_report, reparameterize_checkpoint, report_rows
-from .reparameterize import is_training_form, reparameterize
+from .reparameterize import NothingToConvertError, is_training_form, reparameterize
 from .verify import VerificationReport, verify
 
-__all__ = [
-                       'VerificationError',
-                       'VerificationReport',
-                       'benchmark_backbone',
-                       'deploy_config',
-                       'is_training_form',
-                       'print_report',
-                       'reparameterize',
-                       'reparameterize_checkpoint',
-                       'report_rows',
-                       'save_deployed',
-                       'verify',
-]
+__all__ = ['NothingToConvertError', 'VerificationError', 'VerificationReport',
+           'benchmark_backbone', 'deploy_config', 'is_training_form', 'print_report',
+           'reparameterize', 'reparameterize_checkpoint', 'report_rows', 'save_deployed',
+           'verify']

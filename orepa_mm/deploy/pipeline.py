@@ -55,7 +55,7 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str | Path, folder: str |
 
     Raises:
         CheckpointError: If the checkpoint does not belong to the config.
-        ValueError: If the model has nothing to re-parameterize.
+        NothingToConvertError: If the model has nothing to re-parameterize.
         VerificationError: If outputs or a metric of the two forms differ.
         FileExistsError: If the output would overwrite the checkpoint.
     """
@@ -173,8 +173,11 @@ def _device_name(model: nn.Module) -> str:
 
 
 def _require_equal(verification: VerificationReport) -> None:
+    if not verification.errors:
+        raise VerificationError('there was no test image to compare the two forms on, '
+                                'nothing was saved')
     failed = [error for error in verification.errors if not error.passed]
-    if failed or not verification.errors:
+    if failed:
         lines = '\n'.join(f'  {e.name} in {e.dtype}: {e.error:.2e}' for e in failed)
         raise VerificationError('the re-parameterized model does not compute the same function, '
                                 f'nothing was saved. Scale-relative errors:\n{lines}')

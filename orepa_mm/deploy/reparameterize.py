@@ -12,6 +12,10 @@ from ..backbones import OREPABackboneMixin
 from ..layers import ReparamConv2d, replace_with_conv2d
 
 
+class NothingToConvertError(ValueError):
+    """A model has no layer to re-parameterize, and none was converted before."""
+
+
 def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replace every layer that generates its kernel by the convolution it equals.
 
@@ -27,8 +31,8 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
         The model in deploy form.
 
     Raises:
-        ValueError: If there is nothing to convert and the model was not
-            converted before either.
+        NothingToConvertError: If there is nothing to convert and the model was
+            not converted before either. It is a `ValueError`.
 
     Example:
         >>> from torch import nn
@@ -38,7 +42,7 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     if not is_training_form(model):
         if not any(_is_converted(module) for module in model.modules()):
-            raise ValueError(
+            raise NothingToConvertError(
                 f'{type(model).__name__} has no OREPA layer: there is nothing to re-parameterize. '
                 "Was it built with conv_cfg=dict(type='OREPA') or an OREPA backbone?")
         return model if inplace else copy.deepcopy(model)
