@@ -15,13 +15,16 @@ __all__ = ['__version__']
 
 
 def _register() -> None:
+    failures = []
     for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones'):
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises
-            warnings.warn(f'{module} could not be loaded, so OREPA models cannot be built: '
-                          f'{type(error).__name__}: {error}. '
-                          'Run `python -m orepa_mm.doctor` to see what is missing.', stacklevel=3)
+            failures.append(f'{module} ({type(error).__name__}: {error})')
+    if failures:
+        warnings.warn(f'OREPA models cannot be built, because there could not be loaded: '
+                      f'{"; ".join(failures)}. Run `python -m orepa_mm.doctor` to see what to do.',
+                      stacklevel=3)
 
 
 _register()

@@ -16,8 +16,12 @@ _OFFICIAL = {'mmengine': 'mmengine', 'mmcv': 'mmcv', 'mmdet': 'mmdet',
              'mmsegmentation': 'mmseg', 'mmpretrain': 'mmpretrain'}
 _FORKS = {'onedl-mmengine': 'mmengine', 'onedl-mmcv': 'mmcv', 'onedl-mmdetection': 'mmdet',
           'onedl-mmsegmentation': 'mmseg', 'onedl-mmpretrain': 'mmpretrain'}
-_REBUILD = ('rebuild it for the torch at hand: delete .venv and run `make setup`, or '
-            '`MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir mmcv==2.1.0`')
+_MMCV = 'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir mmcv==2.1.0'
+_REBUILD = f'build it for the torch at hand: delete .venv and run `make setup`, or `{_MMCV}`'
+_INSTALL = {'mmengine': 'pip install mmengine==0.10.7', 'mmcv': _MMCV,
+            'mmdet': 'pip install mmdet==3.3.0',
+            'mmseg': 'pip install mmsegmentation==1.2.2 ftfy regex',
+            'mmpretrain': 'pip install mmpretrain==1.2.0'}
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def _stacks() -> Iterator[Finding]:
         names = [name for name, target in {**_OFFICIAL, **_FORKS}.items() if target == module]
         version = next((v for name in names if (v := version_of(name))), None)
         problem = import_problem(module)
-        remedy = f'run `make setup`, or `pip install {module}`' if problem else ''
+        remedy = f'run `make setup`, or `{_INSTALL[module]}`' if problem else ''
         if module == 'mmcv' and version_of('mmcv-lite'):
             version, remedy = version_of('mmcv-lite'), ('mmcv-lite has no operators: uninstall '
                                                         'it and install mmcv')
@@ -144,7 +148,7 @@ def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:
     version = version_of(distribution) or version_of(
         {'mmdet': 'onedl-mmdetection'}.get(distribution, f'onedl-{distribution}'))
     if version is None:
-        return Finding(module, 'not installed', f'pip install {distribution} (for {needed_for})',
+        return Finding(module, 'not installed', f'run `make setup`, or `{_INSTALL[module]}` (for {needed_for})',
                        required)
     problem = import_problem(f'{module}.models')
     return Finding(module, problem or version, problem and f'{needed_for} cannot be built: '
