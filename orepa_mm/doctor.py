@@ -148,8 +148,8 @@ def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:
     version = version_of(distribution) or version_of(
         {'mmdet': 'onedl-mmdetection'}.get(distribution, f'onedl-{distribution}'))
     if version is None:
-        return Finding(module, 'not installed', f'run `make setup`, or `{_INSTALL[module]}` (for {needed_for})',
-                       required)
+        return Finding(module, 'not installed', f'run `make setup`, or `{_INSTALL[module]}` '
+                       f'(for {needed_for})', required)
     problem = import_problem(f'{module}.models')
     return Finding(module, problem or version, problem and f'{needed_for} cannot be built: '
                    'run `make setup`, or reinstall it with the versions in '
