@@ -190,7 +190,8 @@ def build_mmcv(env: Environment, folder: Path, cuda: bool) -> None:
     if process.wait():
         tail = ''.join(log_file.read_text().splitlines(keepends=True)[-30:])
         raise SetupError(f'mmcv did not compile. The end of {log_file}:\n{tail}\n'
-                         'Is a C++17 compiler installed? (Debian: apt-get install g++)')
+                         "Are a C++17 compiler and Python's headers installed? "
+                         '(Debian: apt-get install g++ python3-dev)')
     wheel = next(built.glob('mmcv-*.whl'))
     wheel.rename(folder / wheel.name)
     for leftover in (built, folder / 'source'):
