@@ -181,7 +181,7 @@ def test_the_input_is_not_overwritten(folder, trained):
 
 
 def test_two_processes_on_the_cpu(folder):
-    output = run('-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', 29417,
+    output = run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2,
                  'tools/train.py', folder / 'config.py', '--work-dir', folder / 'distributed',
                  '--data-root', folder / 'data', '--launcher', 'pytorch',
                  env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '-1'})
