@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
-CONFIG := faster-rcnn_orepa-r18-light_fpn_300i_coco.py
+CONFIG := faster-rcnn_orepa-r18-light_fpn_400i_coco.py
 MIM    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
 .PHONY: setup demo test lint doctor clean
@@ -19,10 +19,10 @@ demo: setup
 $(DEMO)/shapes/annotations/instances_val2017.json:
 	$(MIM) run orepa_mm make_shapes $(DEMO)/shapes
 
-$(DEMO)/train/iter_300.pth: $(DEMO)/shapes/annotations/instances_val2017.json
+$(DEMO)/train/iter_400.pth: $(DEMO)/shapes/annotations/instances_val2017.json
 	$(MIM) train orepa_mm $(CONFIG) --gpus 0 --work-dir $(DEMO)/train --data-root $(DEMO)/shapes --resume
 
-$(DEMO)/deployed/report.json: $(DEMO)/train/iter_300.pth
+$(DEMO)/deployed/report.json: $(DEMO)/train/iter_400.pth
 	$(MIM) run orepa_mm reparam $(CONFIG) $< --work-dir $(DEMO)/test \
 	    --data-root $(DEMO)/shapes --out $(DEMO)/deployed
 

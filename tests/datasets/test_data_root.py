@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from orepa_mm.datasets import DataRootError, apply_data_root, make_shapes_coco
 
-CONFIG = ROOT / 'configs' / 'faster_rcnn' / 'faster-rcnn_orepa-r18-light_fpn_300i_coco.py'
+CONFIG = ROOT / 'configs' / 'faster_rcnn' / 'faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from orepa_mm.datasets import make_shapes_coco
 from orepa_mm.engine import add_config_arguments, check_pretrained, find_config, load_config
 
 FOLDER = ROOT / 'configs' / 'faster_rcnn'
-LIGHT = FOLDER / 'faster-rcnn_orepa-r18-light_fpn_300i_coco.py'
+LIGHT = FOLDER / 'faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
 
 
 def parse(*arguments):

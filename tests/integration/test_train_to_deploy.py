@@ -13,7 +13,7 @@ from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.datasets import make_shapes_coco
 
 CONFIG = f'''
-_base_ = '{ROOT}/configs/faster_rcnn/faster-rcnn_orepa-r18-light_fpn_300i_coco.py'
+_base_ = '{ROOT}/configs/faster_rcnn/faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
 model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32, 64]))
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)

@@ -40,7 +40,7 @@ val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 train_cfg = dict(
-    _delete_=True, type='IterBasedTrainLoop', max_iters=300, val_interval=100)
+    _delete_=True, type='IterBasedTrainLoop', max_iters=400, val_interval=100)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
     clip_grad=dict(max_norm=10))
