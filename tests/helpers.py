@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
 GOLDEN = SHARED / 'golden'
@@ -45,3 +47,25 @@ def relative_error(found, expected):
     assert found.shape == expected.shape
     assert found.isfinite().all()
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+#: One layer of every kind, each for an input of shape (N, 4, H, W).
+LAYERS = {
+    'kxk': lambda **kw: OREPAConv2d(4, 6, 3, padding=1, **kw),
+    'kxk strided, grouped, dilated': lambda **kw: OREPAConv2d(
+        4, 8, 3, stride=2, padding=2, dilation=2, groups=2, **kw),
+    '1x1': lambda **kw: OREPAConv1x1(4, 6, 1, stride=2, **kw),
+    'stem': lambda **kw: OREPAStemConv2d(4, 6, 7, stride=2, padding=3, **kw),
+}
+
+
+def expected_output(layer, x):
+    """From scratch: squeezed anew in float64, convolved by the stock layer."""
+    return layer.to_conv2d()(x)
+
+
+def train_one_step(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    with torch.enable_grad():
+        layer(torch.randn(2, 4, 16, 12)).square().mean().backward()
+    optimizer.step()

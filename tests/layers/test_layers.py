@@ -1,4 +1,4 @@
-"""The layers as convolutions: interface, initialisation, cache, precision, copies."""
+"""The layers as convolutions: interface, initialisation, precision, copies."""
 
 import copy
 import io
@@ -6,38 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers import randomize, relative_error
-from mmengine.model import ExponentialMovingAverage
+from helpers import LAYERS, expected_output, randomize, relative_error
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
-
-CASES = {
-    'kxk': lambda **kw: OREPAConv2d(4, 6, 3, padding=1, **kw),
-    'kxk strided, grouped, dilated': lambda **kw: OREPAConv2d(
-        4, 8, 3, stride=2, padding=2, dilation=2, groups=2, **kw),
-    '1x1': lambda **kw: OREPAConv1x1(4, 6, 1, stride=2, **kw),
-    'stem': lambda **kw: OREPAStemConv2d(4, 6, 7, stride=2, padding=3, **kw),
-}
-
-
-@pytest.fixture(params=CASES)
-def layer(request):
-    return randomize(CASES[request.param]())
-
-
-@pytest.fixture
-def x():
-    return torch.randn(2, 4, 16, 12)
-
-
-def expected_output(layer, x):
-    """From scratch: squeezed anew in float64, convolved by the stock layer."""
-    return layer.to_conv2d()(x)
-
 
 # --- interface ----------------------------------------------------------------
 
@@ -101,7 +75,7 @@ def test_built_without_memory_then_reset(options, x):
 
 
 def test_pruned_and_parametrized_branches(x):
-    layer = randomize(CASES['kxk']())
+    layer = randomize(LAYERS['kxk']())
     prune.l1_unstructured(layer, 'weight_orepa_origin', 0.5)
     register_parametrization(layer, 'vector', nn.Softplus())
     assert layer.weight_orepa_origin.eq(0).float().mean() == 0.5
@@ -158,168 +132,6 @@ def test_init_options():
     assert all(stem.get_submodule(f'weight{j}').vector[1:].eq(0).all() for j in range(3))
 
 
-# --- the kept kernel --------------------------------------------------------------
-
-
-def count_squeezes(layer, monkeypatch):
-    calls = []
-    squeeze = type(layer).squeeze
-    monkeypatch.setattr(type(layer), 'squeeze',
-                        lambda self, dtype=None: (calls.append(1) if self is layer else None,
-                                                  squeeze(self, dtype))[1])
-    return calls
-
-
-def test_kernel_is_kept_in_eval_mode_without_gradients(layer, x, monkeypatch):
-    calls = count_squeezes(layer.eval(), monkeypatch)
-    with torch.no_grad():
-        layer(x), layer(x), layer.weight
-    assert len(calls) == 1
-    layer(x)  # a gradient could flow
-    assert len(calls) == 2
-    layer.requires_grad_(False)
-    layer(x), layer(x)
-    assert len(calls) == 2
-    layer.train()
-    layer(x), layer(x)
-    assert len(calls) == 4
-
-
-def change_in_place(layer):
-    with torch.no_grad():
-        next(iter(layer.parameters())).mul_(2)  # the bias
-        next(p for p in layer.parameters() if p.dim() == 4).add_(1)
-
-
-def change_by_optimizer(layer):
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
-    with torch.enable_grad():
-        layer(torch.randn(2, 4, 16, 12)).square().mean().backward()
-    optimizer.step()
-
-
-def change_by_replacement(layer):
-    owner = layer if hasattr(layer, 'vector') else layer.weight1
-    owner.vector = nn.Parameter(owner.vector.detach() * 3)
-
-
-def change_by_data(layer):
-    owner = layer if hasattr(layer, 'vector') else layer.weight1
-    owner.vector.data = owner.vector.data * 3
-
-
-CHANGES = {
-    'in place': change_in_place,
-    'optimizer': change_by_optimizer,
-    'new parameter': change_by_replacement,
-    'new data': change_by_data,
-    'load': lambda layer: layer.load_state_dict(randomize(copy.deepcopy(layer), 1).state_dict()),
-    'assign': lambda layer: layer.load_state_dict(
-        randomize(copy.deepcopy(layer), 1).state_dict(), assign=True),
-    'buffer': lambda layer: [b.mul_(2) for b in layer.buffers()],
-    'written through .data': lambda layer: [p.data.mul_(2) for p in layer.parameters()],
-    'rows exchanged through .data': lambda layer: [
-        p.data.copy_(p.data.flip(0)) for p in layer.parameters()],
-}
-
-
-@pytest.mark.parametrize('index', range(8))
-def test_kept_kernel_follows_a_write_into_any_one_branch(x, index):
-    layer = randomize(CASES['kxk'](bias=False)).eval()
-    with torch.no_grad():
-        before = layer(x)
-        list(layer.parameters())[index].data.flatten()[0].add_(0.5)
-        assert not torch.allclose(before, layer(x))
-        assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_kept_kernel_follows_every_change(layer, x, change):
-    layer.eval()
-    with torch.no_grad():
-        before = layer(x)
-        CHANGES[change](layer)
-        after = layer(x)
-        assert relative_error(after, expected_output(layer, x)) < 1e-4
-        if change != 'buffer' or list(layer.buffers()):
-            assert not torch.allclose(before, after)
-
-
-def test_kept_kernel_follows_dtype(layer, x):
-    layer.eval()
-    with torch.no_grad():
-        layer(x)
-        layer.double()
-        assert relative_error(layer(x.double()), expected_output(layer, x.double())) < 1e-12
-
-
-def test_writing_into_the_kept_kernel_does_no_harm(layer, x):
-    layer.eval()
-    with torch.no_grad():
-        expected = layer(x)
-        nn.init.zeros_(layer.weight)
-        assert torch.equal(layer(x), expected)
-
-
-def test_kernel_kept_in_inference_mode_can_be_used_outside(layer, x):
-    layer.eval().requires_grad_(False)
-    with torch.inference_mode():
-        layer(x)
-    x.requires_grad_()
-    layer(x).sum().backward()
-    assert x.grad is not None
-
-
-@pytest.mark.parametrize('case', CASES)
-def test_tensors_without_content_work(case, x):
-    """Shape inference: on the meta device and with fake tensors."""
-    expected = CASES[case]()(x).shape
-    with torch.no_grad():
-        meta = CASES[case](device='meta').eval()
-        for _ in range(2):
-            assert meta(x.to('meta')).shape == expected
-        with FakeTensorMode() as mode:
-            fake = CASES[case]().eval()
-            for _ in range(2):
-                assert fake(mode.from_tensor(x)).shape == expected
-
-
-def test_inference_tensors_as_parameters(x):
-    with torch.inference_mode():
-        layer = randomize(CASES['kxk']()).eval()
-        for _ in range(2):
-            assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
-
-
-def test_ensembles_of_layers_under_vmap(x):
-    layers = [randomize(CASES['kxk'](), seed).eval() for seed in range(3)]
-    parameters, buffers = torch.func.stack_module_state(layers)
-
-    def run(parameters, buffers):
-        return torch.func.functional_call(layers[0], (parameters, buffers), x)
-
-    with torch.no_grad():
-        found = torch.func.vmap(run)(parameters, buffers)
-        for one, layer in zip(found, layers):
-            assert relative_error(one, layer(x)) < 1e-5
-
-
-def test_tracing_follows_the_parameters(x):
-    layer = randomize(CASES['kxk']()).eval().requires_grad_(False)
-    layer(x)
-    traced = torch.jit.trace(layer, x)
-    layer.vector.mul_(2)
-    assert relative_error(traced(x), layer(x)) < 1e-5
-
-
-def test_eval_mode_still_gives_gradients(layer, x):
-    layer.eval()
-    with torch.no_grad():
-        layer(x)
-    layer(x).square().sum().backward()
-    assert all(p.grad is not None for p in layer.parameters())
-
-
 # --- precision, formats, copies -----------------------------------------------------
 
 
@@ -361,7 +173,7 @@ def test_channels_last(layer, x):
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 def test_torch_compile(mode, x):
-    layers = nn.Sequential(*(randomize(CASES[name]()) for name in ('kxk', '1x1')))
+    layers = nn.Sequential(*(randomize(LAYERS[name]()) for name in ('kxk', '1x1')))
     layers[1] = randomize(OREPAConv1x1(6, 4))
     getattr(layers, mode)()
     compiled = torch.compile(layers, backend='inductor' if mode == 'train' else 'aot_eager')
@@ -409,26 +221,6 @@ def test_state_dict_holds_no_kernel(layer, x):
         layer(x)
     assert set(layer.state_dict()) == names
     assert 'weight' not in names
-
-
-def test_moving_average_of_the_parameters(layer, x):
-    """EMA averages branches; the kernel must follow the averaged branches."""
-    average = ExponentialMovingAverage(layer, momentum=0.5)
-    average.eval()
-    with torch.no_grad():
-        average(x)
-    change_by_optimizer(layer)
-    average.update_parameters(layer)  # the first call copies
-    first = [p.clone() for p in layer.parameters()]
-    with torch.no_grad():
-        assert relative_error(average(x), layer(x)) < 1e-5
-    change_by_optimizer(layer)
-    average.update_parameters(layer)
-    expected = copy.deepcopy(layer)
-    with torch.no_grad():
-        for p, old in zip(expected.parameters(), first):
-            p.copy_(0.5 * p + 0.5 * old)
-        assert relative_error(average(x), expected_output(expected, x)) < 1e-5
 
 
 def test_checkpoint_of_the_other_form_is_refused(layer):
