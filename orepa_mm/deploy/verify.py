@@ -111,7 +111,7 @@ def scale_relative_error(expected: Tensor | None, found: Tensor | None) -> float
     """Largest absolute difference over the largest absolute expected value.
 
     Args:
-        expected: Any shape.
+        expected: Any shape, not empty.
         found: The same shape.
 
     Returns:
@@ -122,8 +122,6 @@ def scale_relative_error(expected: Tensor | None, found: Tensor | None) -> float
         return math.inf
     if not (expected.isfinite().all() and found.isfinite().all()):
         return math.inf
-    if expected.numel() == 0:
-        return 0.0
     difference = (expected.double() - found.double()).abs().max().item()
     scale = expected.double().abs().max().item()
     return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
@@ -140,12 +138,13 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None) ->
         proposals: Of a two-stage detector, one `InstanceData` per image.
 
     Returns:
-        Tensors by name, e.g. `features[0]`.
+        Tensors by name, e.g. `features[0]`; empty ones, which prove nothing,
+        are left out.
     """
     dtype = next(model.parameters()).dtype
     inputs, samples = batch['inputs'].to(dtype), batch.get('data_samples')
     if samples is None:
-        return dict(_flatten({'output': model(inputs)}))
+        return _named_tensors({'output': model(inputs)})
     outputs = {'features': model.extract_feat(inputs)}
     try:
         if proposals is not None:
@@ -156,7 +155,7 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None) ->
             outputs['output'] = model(inputs, samples, mode='tensor')
     except (RuntimeError, TypeError):
         pass  # in one form only: the other's outputs then lack a counterpart, an error
-    return dict(_flatten(outputs))
+    return _named_tensors(outputs)
 
 
 def _proposals(model: nn.Module, batch: dict) -> list | None:
@@ -173,6 +172,10 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model = copy.deepcopy(model).to(dtype)
     model.eval()  # a statement of its own: not every backbone's train() returns itself
     return model
+
+
+def _named_tensors(outputs: dict) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in _flatten(outputs) if tensor.numel()}
 
 
 def _flatten(value: Any, name: str = '') -> Iterator[tuple[str, Tensor]]:
