@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from ..checkpoints import written_whole
-from ..engine import build_test_runner
+from ..engine import bare_model, build_test_runner
 from ..version import __version__
 from .export import deploy_config, save_deployed
 from .measure import count_multiply_adds, count_parameters, measure_latency
@@ -64,7 +64,7 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str | Path, folder: str |
         raise FileExistsError(f'the output {folder / "model.pth"} would overwrite the input: '
                               'choose another folder with --out')
     runner = build_test_runner(cfg, checkpoint)
-    before = runner.model.module if hasattr(runner.model, 'module') else runner.model
+    before = bare_model(runner)
     before.eval()
     after = reparameterize(before)
     batches = [before.data_preprocessor(data, False)

@@ -2,6 +2,7 @@
 
 from .launch import (
     add_config_arguments,
+    bare_model,
     build_runner,
     build_test_runner,
     check_pretrained,
@@ -11,5 +12,5 @@ from .launch import (
     show_predictions,
 )
 
-__all__ = ['add_config_arguments', 'build_runner', 'build_test_runner', 'check_pretrained',
-           'dump_predictions', 'find_config', 'load_config', 'show_predictions']
+__all__ = ['add_config_arguments', 'bare_model', 'build_runner', 'build_test_runner',
+           'check_pretrained', 'dump_predictions', 'find_config', 'load_config', 'show_predictions']

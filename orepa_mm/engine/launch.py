@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
+from torch import nn
 
 from ..checkpoints import load_weights
 from ..datasets import apply_data_root
@@ -112,7 +114,7 @@ def build_test_runner(cfg: Config, checkpoint: str | Path) -> Runner:
     cfg.load_from = None
     cfg.resume = False
     runner = build_runner(cfg)
-    model = runner.model.module if hasattr(runner.model, 'module') else runner.model
+    model = bare_model(runner)
     checkpoint = load_weights(model, checkpoint)
     dataset_meta = checkpoint.get('meta', {}).get('dataset_meta')
     if dataset_meta is not None:
@@ -120,6 +122,15 @@ def build_test_runner(cfg: Config, checkpoint: str | Path) -> Runner:
     # Not through the runner: it would load again, and warn instead of failing.
     runner._has_loaded = True
     return runner
+
+
+def bare_model(runner: Runner) -> nn.Module:
+    """The runner's model, without the wrapper of a distributed run.
+
+    Args:
+        runner: Any runner.
+    """
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:

@@ -204,8 +204,9 @@ class ReparamConv2d(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self._cache = None
-        own = self.state_dict(prefix=prefix).keys() - {f'{prefix}bias'}
-        if f'{prefix}weight' in state_dict and not own & state_dict.keys():
+        plain = {f'{prefix}weight', f'{prefix}bias'}
+        if f'{prefix}weight' in state_dict and not (
+                self.state_dict(prefix=prefix).keys() - plain) & state_dict.keys():
             # A runner would only warn, and go on with random weights.
             raise RuntimeError(
                 f'{prefix[:-1]} is in training form ({type(self).__name__}), but the checkpoint '
