@@ -1,12 +1,8 @@
-"""OREPA backbones, registered for each OpenMMLab package that is installed."""
+"""The backbones, registered under the same names for each OpenMMLab package."""
 
-from importlib.util import find_spec
+from .mixin import ReparamBackboneMixin
+from .registration import register_backbones
 
-from .mixin import OREPABackboneMixin
+__all__ = ['ReparamBackboneMixin', 'register_backbones']
 
-__all__ = ['OREPABackboneMixin']
-
-if find_spec('mmdet') is not None:
-    from .det import OREPAResNet, OREPAResNeXt
-
-    __all__ += ['OREPAResNeXt', 'OREPAResNet']
+register_backbones()

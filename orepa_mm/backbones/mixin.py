@@ -1,54 +1,59 @@
-"""What turns a stock OpenMMLab ResNet into its OREPA version."""
+"""What turns a stock OpenMMLab backbone into its re-parameterizable version."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from mmcv.cnn import build_conv_layer
+import torch
+from mmcv.cnn import build_conv_layer, build_norm_layer
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import nn
 
 from ..checkpoints import load_pretrained
-from ..layers import replace_with_conv2d
+from ..layers import DBBConv2d, replace_with_conv2d
 
 
-class OREPABackboneMixin:
-    """Build the stock backbone beside it with OREPA convolutions.
+class ReparamBackboneMixin:
+    """Build the stock backbone beside it with convolutions that generate their kernel.
 
-    Put before the stock class: `class OREPAResNet(OREPABackboneMixin, ResNet)`.
-    Every option of the stock class is kept. As in the authors' networks, the
-    shortcut of a BasicBlock stays a plain 1 x 1 convolution.
+    Put before the stock class: `class OREPAResNet(OREPAMixin, ResNet)`. Every
+    option of the stock class is kept.
 
     Args:
         *args: As of the stock class.
         deploy: Build the stock network, for re-parameterized weights.
-        conv_cfg: The conv layer type and its options;
-            `dict(type='OREPA')` by default.
+        conv_cfg: Options of the conv layer type, e.g. `dict(single_init=True)`,
+            or another type.
         **kwargs: As of the stock class.
     """
 
     #: Name under which the deployed form is registered, without this package.
     stock_type: str
+    #: The conv layer type, with its options.
+    default_conv_cfg: dict
+    #: What keys of the training form end with, and none of the deployed form.
+    training_key: str
+    #: Whether the stock class has a `deploy` of its own.
+    stock_has_deploy = False
 
     def __init__(self, *args: Any, deploy: bool = False, conv_cfg: dict | None = None,
                  **kwargs: Any) -> None:
-        conv_cfg = None if deploy else {'type': 'OREPA', **(conv_cfg or {})}
+        conv_cfg = None if deploy else {**self.default_conv_cfg, **(conv_cfg or {})}
+        if self.stock_has_deploy:
+            kwargs['deploy'] = deploy
         super().__init__(*args, conv_cfg=conv_cfg, **kwargs)
         self.deploy = deploy
 
-    def make_res_layer(self, **kwargs: Any) -> nn.Module:
-        """Build a stage; a BasicBlock's only 1 x 1 convolution is its shortcut."""
-        conv_cfg = kwargs['conv_cfg']
-        if conv_cfg is not None and conv_cfg['type'] == 'OREPA' and kwargs['block'].expansion == 1:
-            kwargs['conv_cfg'] = {**conv_cfg, 'pointwise': False}
-        if conv_cfg is None or kwargs.get('dcn') is None:
-            return super().make_res_layer(**kwargs)
-        # The stock block refuses a conv_cfg beside deformable convolutions, which stay.
-        stage = super().make_res_layer(**{**kwargs, 'conv_cfg': None})
-        for block in stage:
-            _replace_convs(block, conv_cfg)
-            if block.downsample is not None:
-                _replace_convs(block.downsample, conv_cfg)
-        return stage
+    @classmethod
+    def stock_cfg(cls, cfg: dict) -> dict:
+        """The config of the deployed form, which does not need this package.
+
+        Args:
+            cfg: Config of this backbone, without `conv_cfg`.
+        """
+        return {**{key: value for key, value in cfg.items() if key != 'deploy'},
+                'type': cls.stock_type, 'init_cfg': None}
 
     def init_weights(self) -> None:
         """Initialise as the stock class does, but load pretrained weights strictly."""
@@ -67,24 +72,93 @@ class OREPABackboneMixin:
         replace_with_conv2d(self)
         self.deploy = True
 
-    def train(self, mode: bool = True) -> OREPABackboneMixin:
+    def train(self, mode: bool = True) -> ReparamBackboneMixin:
         """Set the mode; returns itself, as the stock class forgets to."""
         super().train(mode)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if self.deploy and any(key.startswith(prefix) and key.endswith(self.training_key)
+                               for key in state_dict):
+            raise RuntimeError(
+                f'{type(self).__name__}(deploy=True) is in deploy form, but the checkpoint holds '
+                'its training form (the branches). Re-parameterize the checkpoint with '
+                'tools/reparam.py, or build the backbone without deploy=True.')
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ResNetMixin(ReparamBackboneMixin):
+    """For the ResNets of all three packages, which share their structure."""
+
+    def make_res_layer(self, **kwargs: Any) -> nn.Module:
+        """Build a stage, with deformable convolutions left as they are."""
+        conv_cfg = self._stage_conv_cfg(**kwargs)
+        if conv_cfg is None or kwargs.get('dcn') is None:
+            return super().make_res_layer(**{**kwargs, 'conv_cfg': conv_cfg})
+        # The stock block refuses a conv_cfg beside deformable convolutions.
+        stage = super().make_res_layer(**{**kwargs, 'conv_cfg': None})
+        for block in stage:
+            _replace_convs(block, conv_cfg)
+            if block.downsample is not None:
+                _replace_convs(block.downsample, conv_cfg)
+        return stage
+
+    def _stage_conv_cfg(self, conv_cfg: dict | None, **kwargs: Any) -> dict | None:
+        return conv_cfg
 
     def _freeze_stages(self) -> None:
         super()._freeze_stages()
         if self.frozen_stages >= 0 and not self.deep_stem:
             self.conv1.eval()  # lets the frozen stem keep its generated kernel
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        if self.deploy and any(key.startswith(prefix) and key.endswith('.vector')
-                               for key in state_dict):
-            raise RuntimeError(
-                f'{type(self).__name__}(deploy=True) is in deploy form, but the checkpoint holds '
-                'its training form (scaling vectors and branches). Re-parameterize the checkpoint '
-                'with tools/reparam.py, or build the backbone without deploy=True.')
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+class OREPAMixin(ResNetMixin):
+    """A ResNet with OREPA convolutions; arguments as of `ReparamBackboneMixin`.
+
+    As in the authors' networks, the shortcut of a BasicBlock stays a plain
+    1 x 1 convolution.
+    """
+
+    default_conv_cfg = {'type': 'OREPA'}
+    training_key = '.vector'
+
+    def _stage_conv_cfg(self, conv_cfg: dict | None, **kwargs: Any) -> dict | None:
+        # MMPretrain's blocks are told their expansion, the others know it
+        expansion = kwargs.get('expansion') or kwargs['block'].expansion
+        if conv_cfg is not None and conv_cfg['type'] == 'OREPA' and expansion == 1:
+            return {'pointwise': False, **conv_cfg}  # the only 1 x 1 there is the shortcut
+        return conv_cfg
+
+
+class DBBMixin(ResNetMixin):
+    """A ResNet with Diverse Branch Blocks; arguments as of `ReparamBackboneMixin`.
+
+    Every k x k convolution with its BN is one block, except the stem's 7 x 7;
+    1 x 1 convolutions stay plain, as published.
+    """
+
+    default_conv_cfg = {'type': 'DBB'}
+    training_key = '.dbb_origin.conv.weight'
+
+    def __init__(self, *args: Any, conv_cfg: dict | None = None,
+                 norm_cfg: dict = dict(type='BN', requires_grad=True), **kwargs: Any) -> None:
+        super().__init__(*args, conv_cfg={'norm_cfg': norm_cfg, **(conv_cfg or {})},
+                         norm_cfg=norm_cfg, **kwargs)
+        for parent, conv, name, norm in _convs_and_norms(self):
+            if isinstance(conv, DBBConv2d) and isinstance(norm, _BatchNorm):
+                parent._modules[name] = nn.Identity()
+
+    def switch_to_deploy(self) -> None:
+        """Re-parameterize in place: afterwards this is the stock network.
+
+        The stock network has a BN behind every convolution. The bias of the
+        re-parameterized block becomes the bias of that BN, which does nothing
+        else. A second call does nothing.
+        """
+        super().switch_to_deploy()
+        for parent, conv, name, norm in _convs_and_norms(self):
+            if getattr(conv, 'reparameterized', False) and type(norm) is nn.Identity:
+                parent._modules[name] = _bias_as_norm(conv, self.norm_cfg)
 
 
 def _replace_convs(block: nn.Module, conv_cfg: dict) -> None:
@@ -95,3 +169,27 @@ def _replace_convs(block: nn.Module, conv_cfg: dict) -> None:
                 conv_cfg, conv.in_channels, conv.out_channels, conv.kernel_size,
                 stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
                 groups=conv.groups, bias=conv.bias is not None))
+
+
+def _convs_and_norms(model: nn.Module
+                     ) -> Iterator[tuple[nn.Module, nn.Module, str, nn.Module]]:
+    """(parent, child, name of the next child, next child): a BN follows its convolution."""
+    for parent in list(model.modules()):
+        if not isinstance(parent, DBBConv2d):
+            children = list(parent.named_children())
+            for (_, conv), (name, norm) in zip(children, children[1:]):
+                yield parent, conv, name, norm
+
+
+@torch.no_grad()
+def _bias_as_norm(conv: nn.Conv2d, norm_cfg: dict) -> nn.Module:
+    """Move the convolution's bias into a BN that does nothing else in eval mode."""
+    norm = build_norm_layer(norm_cfg, conv.out_channels)[1].to(conv.weight)
+    norm.weight.fill_(1)
+    norm.bias.copy_(conv.bias)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+    for parameter in norm.parameters():
+        parameter.requires_grad_(conv.weight.requires_grad)
+    conv.register_parameter('bias', None)
+    return norm.train(conv.training)

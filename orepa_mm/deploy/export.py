@@ -95,11 +95,9 @@ def _stock_model(value: Any, registry: Registry) -> Any:
               if not (key == 'conv_cfg' and _our_type(item, registry))}
     ours = _our_type(value, registry)
     if ours is not None:
-        if not hasattr(ours, 'stock_type'):
+        if not hasattr(ours, 'stock_cfg'):
             raise ValueError(f'{value} has no stock counterpart that a config could name')
-        result['type'] = ours.stock_type
-        result.pop('deploy', None)
-        result['init_cfg'] = None
+        result = ours.stock_cfg(result)
     return result
 
 

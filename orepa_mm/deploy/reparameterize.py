@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 
 from mmengine.logging import print_log
 from torch import nn
 
-from ..backbones import OREPABackboneMixin
-from ..layers import ReparamConv2d, replace_with_conv2d
+from ..backbones import ReparamBackboneMixin
+from ..layers import reparam_layers, replace_with_conv2d
 
 
 class NothingToConvertError(ValueError):
@@ -43,13 +44,17 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not is_training_form(model):
         if not any(_is_converted(module) for module in model.modules()):
             raise NothingToConvertError(
-                f'{type(model).__name__} has no OREPA layer: there is nothing to re-parameterize. '
-                "Was it built with conv_cfg=dict(type='OREPA') or an OREPA backbone?")
+                f'{type(model).__name__} has no OREPA or DBB layer: there is nothing to '
+                "re-parameterize. Was it built with conv_cfg=dict(type='OREPA') or an OREPA "
+                'backbone?')
         return model if inplace else copy.deepcopy(model)
-    model, counts = replace_with_conv2d(model if inplace else copy.deepcopy(model))
-    for module in model.modules():
-        if isinstance(module, OREPABackboneMixin):
-            module.deploy = True
+    if not inplace:
+        model = copy.deepcopy(model)
+    counts = Counter(type(layer).__name__ for layer in reparam_layers(model))
+    for module in list(model.modules()):
+        if isinstance(module, ReparamBackboneMixin):
+            module.switch_to_deploy()  # it may have more to fuse than its layers
+    model = replace_with_conv2d(model)
     print_log('re-parameterized ' + ', '.join(f'{n} {name}' for name, n in counts.items()),
               logger='current', level=logging.INFO)
     return model
@@ -61,11 +66,11 @@ def is_training_form(model: nn.Module) -> bool:
     Args:
         model: Any module.
     """
-    return any(isinstance(module, ReparamConv2d) for module in model.modules())
+    return next(reparam_layers(model), None) is not None
 
 
 def _is_converted(module: nn.Module) -> bool:
     """Whether this module came out of a re-parameterization or was built deployed."""
-    if isinstance(module, OREPABackboneMixin):
+    if isinstance(module, ReparamBackboneMixin):
         return module.deploy
     return getattr(module, 'reparameterized', False)

@@ -1,9 +1,12 @@
-"""The method: squeeze functions, the conv layers over them, and their factory."""
+"""The method: squeeze functions, the conv layers over them, and their factories."""
 
 from .base import ReparamConv2d
-from .builder import build_orepa_conv
-from .convert import replace_with_conv2d
-from .orepa import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from .builder import build_dbb_conv, build_orepa_conv
+from .convert import reparam_layers, replace_with_conv2d
+from .dbb import DBBConv2d
+from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d
+from .stem import OREPAStemConv2d
 
-__all__ = ['OREPAConv1x1', 'OREPAConv2d', 'OREPAStemConv2d', 'ReparamConv2d',
-           'build_orepa_conv', 'replace_with_conv2d']
+__all__ = ['DBBConv2d', 'OREPAConv1x1', 'OREPAConv2d', 'OREPARepVGGConv2d', 'OREPAStemConv2d',
+           'ReparamConv2d', 'build_dbb_conv', 'build_orepa_conv', 'reparam_layers',
+           'replace_with_conv2d']

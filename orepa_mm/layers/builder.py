@@ -1,18 +1,23 @@
-"""The conv layer type `OREPA`: what `conv_cfg=dict(type='OREPA')` builds."""
+"""The conv layer types `OREPA` and `DBB`: what `conv_cfg=dict(type=...)` builds."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.utils import _pair
 
 from .base import ReparamConv2d
-from .orepa import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from .dbb import DBBConv2d
+from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d
+from .stem import OREPAStemConv2d
 
-#: Kernels from this size on are composed as a linear deep stem.
+#: Kernels from this size on are composed as a linear deep stem; DBB leaves them plain.
 STEM_KERNEL_SIZE = 7
+#: The k x k block that goes by each name.
+_BLOCKS = {'orepa': OREPAConv2d, 'repvgg': OREPARepVGGConv2d}
 
 
 @MODELS.register_module(name='OREPA')
@@ -27,12 +32,13 @@ def build_orepa_conv(
     bias: bool = True,
     *,
     pointwise: bool = True,
+    block: str = 'orepa',
     **kwargs: Any,
 ) -> ReparamConv2d | nn.Conv2d:
     """Build the OREPA block for a convolution, chosen by kernel size as the authors do.
 
     1 x 1 gives `OREPAConv1x1`; 7 x 7 and larger the linear deep stem, unless it
-    is grouped; every other odd kernel `OREPAConv2d`.
+    is grouped; every other odd kernel `OREPAConv2d`, or `OREPARepVGGConv2d` on demand.
 
     Args:
         in_channels: `I`.
@@ -45,6 +51,8 @@ def build_orepa_conv(
         bias: Whether to add a learnable bias.
         pointwise: Whether 1 x 1 convolutions become OREPA blocks as well. The
             authors leave the shortcut of a BasicBlock plain.
+        block: `orepa`, or `repvgg` for the k x k of the OREPA-RepVGG block,
+            which has a 1 x 1 convolution of its own beside it.
         **kwargs: `padding_mode`, `device`, `dtype` as of `torch.nn.Conv2d`, and
             the options of the blocks, which come from `conv_cfg`:
             `single_init`, `init_hyper_gamma`, `init_hyper_para`.
@@ -53,8 +61,11 @@ def build_orepa_conv(
         The layer; a plain `nn.Conv2d` for 1 x 1 where `pointwise` is false.
 
     Raises:
-        ValueError: If there is no OREPA block for this kernel.
+        ValueError: If there is no OREPA block for this kernel, or of this name.
     """
+    if block not in _BLOCKS:
+        raise ValueError(f"conv_cfg=dict(type='OREPA', block={block!r}): there is no such block, "
+                         f'choose one of {", ".join(_BLOCKS)}')
     height, width = _pair(kernel_size)
     if height != width or height % 2 == 0:
         raise ValueError(f"conv_cfg=dict(type='OREPA') needs odd square kernels, but a "
@@ -70,6 +81,39 @@ def build_orepa_conv(
     elif height >= STEM_KERNEL_SIZE and groups == 1:
         layer = OREPAStemConv2d
     else:
-        layer = OREPAConv2d
+        layer = _BLOCKS[block]
     return layer(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
                  **kwargs)
+
+
+@MODELS.register_module(name='DBB')
+def build_dbb_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    *args: Any,
+    norm_cfg: dict | None = None,
+    **kwargs: Any,
+) -> DBBConv2d | nn.Conv2d:
+    """Build the Diverse Branch Block for a convolution; 1 x 1 and stems stay plain, as published.
+
+    Args:
+        in_channels: `I`.
+        out_channels: `o`.
+        kernel_size: `k`, odd.
+        *args: As of `torch.nn.Conv2d`.
+        norm_cfg: The BN of the branches, e.g. `dict(type='SyncBN')`.
+        **kwargs: As of `torch.nn.Conv2d`.
+
+    Returns:
+        The layer; a plain `nn.Conv2d` for 1 x 1, and from 7 x 7 on.
+
+    Raises:
+        ValueError: If there is no such block for this kernel or padding.
+    """
+    height, width = _pair(kernel_size)
+    if height == width and (height == 1 or height >= STEM_KERNEL_SIZE):
+        return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+    if norm_cfg is not None:
+        kwargs['norm_layer'] = lambda channels: build_norm_layer(norm_cfg, channels)[1]
+    return DBBConv2d(in_channels, out_channels, kernel_size, *args, **kwargs)

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 
 from torch import nn
 
 from .base import ReparamConv2d
 
+#: Conv layer types of this package.
+_OUR_TYPES = ('OREPA', 'DBB')
 
-def replace_with_conv2d(model: nn.Module) -> tuple[nn.Module, Counter]:
+
+def reparam_layers(model: nn.Module) -> Iterator[ReparamConv2d]:
+    """Every layer of the model that generates its kernel, once.
+
+    A layer is one unit: the generators inside a stem are not listed.
+
+    Args:
+        model: Any module; it may be such a layer itself.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> Iterator[ReparamConv2d]:
+        if module in seen:
+            return
+        seen.add(module)
+        if isinstance(module, ReparamConv2d):
+            yield module
+            return
+        for child in module.children():
+            yield from walk(child)
+
+    return walk(model)
+
+
+def replace_with_conv2d(model: nn.Module) -> nn.Module:
     """Replace every `ReparamConv2d` by the convolution it equals, in place.
 
-    A layer that is shared by several parents stays shared. A layer is one
-    unit: the generators inside a stem are not looked at.
+    A layer that is shared by several parents stays shared. Modules that note
+    their `conv_cfg` forget it: what they build later is to be stock as well.
 
     Args:
         model: Any module. If it is such a layer itself, its convolution is returned.
 
     Returns:
-        The model and how many layers of which class were replaced.
+        The model.
     """
     replaced: dict[ReparamConv2d, nn.Conv2d] = {}
 
@@ -32,7 +58,9 @@ def replace_with_conv2d(model: nn.Module) -> tuple[nn.Module, Counter]:
         for name, child in list(module._modules.items()):
             if child is not None:
                 module._modules[name] = walk(child)
+        conv_cfg = getattr(module, 'conv_cfg', None)
+        if isinstance(conv_cfg, dict) and conv_cfg.get('type') in _OUR_TYPES:
+            module.conv_cfg = None
         return module
 
-    model = walk(model)
-    return model, Counter(type(layer).__name__ for layer in replaced)
+    return walk(model)

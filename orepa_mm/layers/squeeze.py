@@ -107,6 +107,21 @@ def squeeze_sequential(pointwise: Tensor, conv: Tensor, groups: int = 1) -> Tens
     return kernel.reshape(out, group_in, height, width)
 
 
+def squeeze_bias(bias: Tensor, conv: Tensor, groups: int = 1) -> Tensor:
+    """What a `k x k` convolution makes of a constant added to its input.
+
+    Args:
+        bias: One constant per input channel, `(t,)`.
+        conv: Kernel, `(o, t/g, k, k)`.
+        groups: `g`.
+
+    Returns:
+        One constant per output channel, `(o,)`.
+    """
+    grouped = conv.sum(dim=(2, 3)).unflatten(0, (groups, -1))  # (g, o/g, t/g)
+    return (grouped @ bias.view(groups, -1, 1)).flatten()
+
+
 def squeeze_depthwise_separable(
     depthwise: Tensor, pointwise: Tensor, groups: int = 1, expansion: int = 8
 ) -> Tensor:

@@ -10,7 +10,7 @@ from mmdet.registry import MODELS
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
-from orepa_mm.backbones import OREPAResNet, OREPAResNeXt
+from orepa_mm.backbones.det import OREPAResNet, OREPAResNeXt
 from orepa_mm.checkpoints import CheckpointError
 from orepa_mm.deploy import is_training_form, reparameterize
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d

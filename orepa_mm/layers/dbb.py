@@ -1,0 +1,224 @@
+"""The Diverse Branch Block, the offline baseline that OREPA is compared with.
+
+Source: Ding et al., "Diverse Branch Block: Building a Convolution as an
+Inception-like Unit", CVPR 2021 (arXiv 2103.13425). Parameter names are those
+of its authors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from . import squeeze
+from .base import ReparamConv2d
+
+
+class DBBConv2d(ReparamConv2d):
+    """A `k x k` convolution trained as four convolving branches, each with its own BN.
+
+    Branches: k x k; 1 x 1; 1 x 1 then k x k; 1 x 1 then average. Unlike an
+    OREPA block it convolves the feature map once per branch, in training and
+    in evaluation, and no BN should follow it. Re-parameterized it is one
+    convolution with a bias.
+
+    Args:
+        in_channels: `I`.
+        out_channels: `o`.
+        kernel_size: `k`, odd and larger than 1.
+        stride: As of `torch.nn.Conv2d`.
+        padding: `dilation * (k // 2)`, which lets all branches see the same place.
+        dilation: As of `torch.nn.Conv2d`.
+        groups: `g`.
+        bias: Whether to add a learnable bias beside those of the BNs.
+        padding_mode: `zeros`.
+        device: As of `torch.nn.Conv2d`.
+        dtype: As of `torch.nn.Conv2d`.
+        norm_layer: Builds a branch's BN from its number of channels.
+
+    Attributes:
+        dbb_origin: `conv` `(o, i, k, k)` and `bn`.
+        dbb_1x1: `conv` `(o, i, 1, 1)` and `bn`.
+        dbb_1x1_kxk: `idconv1` `(I, i, 1, 1)`, added to the identity (with one
+            channel per group `conv1`, `(2 I, i, 1, 1)`); `bn1`, which pads;
+            `conv2` `(o, t/g, k, k)`; `bn2`.
+        dbb_avg: `conv` `(o, i, 1, 1)`; `bn`, which pads; `avg`; `avgbn`.
+
+    Raises:
+        ValueError: If the kernel, the padding or the norm layer is another.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
+        I, o, g, k = self.in_channels, self.out_channels, self.groups, self.kernel_size[0]
+        margin = tuple(d * (k // 2) for d in self.dilation)
+        if k == 1 or self.padding not in (margin, 'same') or self.padding_mode != 'zeros':
+            raise ValueError(
+                'DBBConv2d needs a kernel larger than 1 x 1 and zero padding of dilation * '
+                f'(kernel_size // 2), got kernel_size={kernel_size}, padding={padding}, '
+                f'dilation={dilation}, padding_mode={padding_mode!r}')
+
+        def conv(channels: int, out: int, size: int, **kwargs: object) -> nn.Conv2d:
+            return nn.Conv2d(channels, out, size, groups=g, bias=False, **kwargs,
+                             **self._factory_kwargs)
+
+        def norm(channels: int) -> nn.Module:
+            if norm_layer is None:
+                return nn.BatchNorm2d(channels, **self._factory_kwargs)
+            layer = norm_layer(channels).to(device=device, dtype=dtype)
+            if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                raise ValueError('DBBConv2d needs batch norm in its branches, got '
+                                 f'{type(layer).__name__}')
+            return layer
+
+        where = dict(stride=self.stride, dilation=self.dilation)
+        self.dbb_origin = nn.Sequential()
+        self.dbb_origin.add_module('conv', conv(I, o, k, padding=margin, **where))
+        self.dbb_origin.add_module('bn', norm(o))
+        self.dbb_avg = nn.Sequential()
+        self.dbb_avg.add_module('conv', conv(I, o, 1))
+        self.dbb_avg.add_module('bn', _BNAndPad(norm(o), margin))
+        self.dbb_avg.add_module('avg', _Average(k, **where))
+        self.dbb_avg.add_module('avgbn', norm(o))
+        self.dbb_1x1 = nn.Sequential()
+        self.dbb_1x1.add_module('conv', conv(I, o, 1, stride=self.stride))
+        self.dbb_1x1.add_module('bn', norm(o))
+        self.dbb_1x1_kxk = nn.Sequential()
+        hidden = 2 * I if g > 1 and g == o else I
+        if hidden == I:
+            self.dbb_1x1_kxk.add_module('idconv1', _IdentityConv1x1(
+                I, I, 1, groups=g, bias=False, **self._factory_kwargs))
+        else:
+            self.dbb_1x1_kxk.add_module('conv1', conv(I, hidden, 1))
+        self.dbb_1x1_kxk.add_module('bn1', _BNAndPad(norm(hidden), margin))
+        self.dbb_1x1_kxk.add_module('conv2', conv(hidden, o, k, **where))
+        self.dbb_1x1_kxk.add_module('bn2', norm(o))
+        self.reset_parameters()
+
+    def reset_branches(self) -> None:
+        """Initialise every layer of the branches as PyTorch does, the identity-based 1 x 1 at 0."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
+                layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve branch by branch.
+
+        Args:
+            x: Feature map, `(N, I, H, W)`.
+
+        Returns:
+            Feature map, `(N, o, H', W')`.
+        """
+        y = self.dbb_origin(x) + self.dbb_1x1(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The kernel with the running statistics of the BNs, `(o, i, k, k)`, without gradients."""
+        return self._squeeze_with_bias(dtype or self._reference().dtype)[0]
+
+    def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """The one convolution that this block equals in eval mode; see the base class."""
+        kernel, bias = self._squeeze_with_bias(torch.float64)
+        return kernel, bias if self.bias is None else bias + self.bias.double()
+
+    @torch.no_grad()
+    def _squeeze_with_bias(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, g = self.kernel_size[0], self.groups
+        kernel, bias = _fuse(self.dbb_origin.conv.weight, self.dbb_origin.bn, dtype)
+
+        pointwise, shift = _fuse(self.dbb_1x1.conv.weight, self.dbb_1x1.bn, dtype)
+        kernel, bias = kernel + F.pad(pointwise, [k // 2] * 4), bias + shift
+
+        first = next(self.dbb_1x1_kxk.children())
+        first = first.kernel if isinstance(first, _IdentityConv1x1) else first.weight
+        first, inner = _fuse(first, self.dbb_1x1_kxk.bn1.bn, dtype)
+        second, shift = _fuse(self.dbb_1x1_kxk.conv2.weight, self.dbb_1x1_kxk.bn2, dtype)
+        kernel = kernel + squeeze.squeeze_sequential(first, second, g)
+        bias = bias + shift + squeeze.squeeze_bias(inner, second, g)
+
+        pointwise, inner = _fuse(self.dbb_avg.conv.weight, self.dbb_avg.bn.bn, dtype)
+        window, shift = _fuse(pointwise.new_full((len(pointwise), 1, k, k), 1 / k**2),
+                              self.dbb_avg.avgbn, dtype)
+        kernel = kernel + squeeze.squeeze_windows([pointwise], [window.squeeze(1)])
+        return kernel, bias + shift + inner * window.sum(dim=(1, 2, 3))
+
+    def _reference(self) -> Tensor:
+        return self.dbb_origin.conv.weight
+
+
+class _IdentityConv1x1(nn.Conv2d):
+    """A 1 x 1 convolution whose kernel is added to the identity."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    @property
+    def kernel(self) -> Tensor:
+        identity = squeeze.identity_pointwise(*self.weight.shape[:2])
+        return self.weight + identity.to(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, groups=self.groups)
+
+
+class _BNAndPad(nn.Module):
+    """A BN that pads with what it makes of zero, so that the border stays one kernel's."""
+
+    def __init__(self, bn: nn.Module, margin: tuple[int, int]) -> None:
+        super().__init__()
+        self.bn = bn
+        self.margin = margin
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        scale = self.bn.weight.detach() / torch.sqrt(self.bn.running_var + self.bn.eps)
+        value = self.bn.bias.detach() - self.bn.running_mean * scale
+        (top, left), (height, width) = self.margin, y.shape[-2:]
+        padded = value.to(y.dtype).view(1, -1, 1, 1).repeat(
+            len(y), 1, height + 2 * top, width + 2 * left)
+        padded[:, :, top:top + height, left:left + width] = y
+        return padded
+
+
+class _Average(nn.Module):
+    """An average pooling that can be dilated."""
+
+    def __init__(self, size: int, stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+        super().__init__()
+        self.size, self.stride, self.dilation = size, stride, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dilation == (1, 1):
+            return F.avg_pool2d(x, self.size, self.stride)
+        channels = x.shape[1]
+        window = x.new_full((channels, 1, self.size, self.size), 1 / self.size**2)
+        return F.conv2d(x, window, None, self.stride, 0, self.dilation, channels)
+
+
+def _fuse(kernel: Tensor, bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of a convolution with its BN."""
+    weight, bias = fuse_conv_bn_weights(
+        kernel.to(dtype), None, bn.running_mean.to(dtype), bn.running_var.to(dtype), bn.eps,
+        bn.weight.to(dtype), bn.bias.to(dtype))
+    return weight, bias
