@@ -1,12 +1,20 @@
 """What several tests share."""
 
+import contextlib
+import functools
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from orepa_mm.layers import (
+    OREPAConv1x1,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    OREPAStemConv2d,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
@@ -19,6 +27,14 @@ needs_golden = pytest.mark.skipif(
 
 def golden(name):
     return torch.load(GOLDEN / f'{name}.pt', weights_only=True)
+
+
+@contextlib.contextmanager
+def on_meta_device():
+    """Build models without memory; MMPretrain's ResNet reads values of a `linspace`."""
+    linspace = functools.partial(torch.linspace, device='cpu')
+    with torch.device('meta'), mock.patch.object(torch, 'linspace', linspace):
+        yield
 
 
 def randomize(module, seed=0):
@@ -41,6 +57,17 @@ def randomize(module, seed=0):
     return module
 
 
+@torch.no_grad()
+def vary_scales(model):
+    """Let every BN and every scale differ from its initial value, which hides errors."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.weight.add_(torch.randn_like(module.weight) * 0.1)
+            module.bias.add_(torch.randn_like(module.bias) * 0.1)
+        elif hasattr(module, 'vector'):
+            module.vector.add_(torch.randn_like(module.vector) * 0.1)
+
+
 def relative_error(found, expected):
     """Largest absolute difference over the largest absolute expected value."""
     found, expected = found.detach().double(), expected.detach().double()
@@ -54,6 +81,9 @@ LAYERS = {
     'kxk': lambda **kw: OREPAConv2d(4, 6, 3, padding=1, **kw),
     'kxk strided, grouped, dilated': lambda **kw: OREPAConv2d(
         4, 8, 3, stride=2, padding=2, dilation=2, groups=2, **kw),
+    'kxk of RepVGG': lambda **kw: OREPARepVGGConv2d(4, 4, 3, padding=1, **kw),
+    'depthwise kxk of RepVGG': lambda **kw: OREPARepVGGConv2d(
+        4, 4, 3, stride=2, padding=1, groups=4, **kw),
     '1x1': lambda **kw: OREPAConv1x1(4, 6, 1, stride=2, **kw),
     'stem': lambda **kw: OREPAStemConv2d(4, 6, 7, stride=2, padding=3, **kw),
 }

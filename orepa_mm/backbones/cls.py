@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmpretrain.models.backbones import RepVGG, ResNet, ResNetV1c, ResNeXt
 from mmpretrain.models.backbones.repvgg import RepVGGBlock
 from mmpretrain.registry import MODELS
+from torch import Tensor, nn
 
 from ..layers import replace_with_conv2d
 from .mixin import DBBMixin, OREPAMixin, ReparamBackboneMixin
@@ -70,9 +73,25 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
     default_conv_cfg = {'type': 'OREPA', 'block': 'repvgg', 'pointwise': False}
     training_key = '.vector'
 
+    def __init__(self, *args: Any, deploy: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, deploy=deploy, **kwargs)
+        if deploy:
+            self.switch_to_deploy()  # keeps squeeze-and-excitation
+
     @classmethod
     def stock_cfg(cls, cfg: dict) -> dict:
-        """The config of the deployed form; see the base class."""
+        """The config of the deployed form; see the base class.
+
+        Raises:
+            ValueError: If there is squeeze-and-excitation, which the stock
+                class leaves out in its deploy form.
+        """
+        arch = cfg['arch']
+        if (cls.arch_settings[arch] if isinstance(arch, str) else arch).get('se_cfg'):
+            raise ValueError(
+                f"MMPretrain's RepVGG leaves squeeze-and-excitation out in its deploy form, so "
+                f'there is no stock config for arch={arch!r}. Re-parameterize the model in your '
+                'own code (orepa_mm.deploy.reparameterize), and build it with deploy=True')
         return {**super().stock_cfg(cfg), 'deploy': True}
 
     def switch_to_deploy(self) -> None:
@@ -80,10 +99,26 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
 
         A second call does nothing.
         """
-        for module in self.modules():
-            if isinstance(module, RepVGGBlock):
-                _deploy(module)
+        for parent in list(self.modules()):
+            for name, block in list(parent.named_children()):
+                if isinstance(block, RepVGGBlock):
+                    _deploy(block)
+                    if block.se_layer is not None:
+                        setattr(parent, name, _ExcitedBlock(block))
         super().switch_to_deploy()  # what else there may be: the pooling block of YOLOX-PAI
+
+
+class _ExcitedBlock(nn.Module):
+    """A deployed block with the squeeze-and-excitation that the stock one leaves out."""
+
+    def __init__(self, block: RepVGGBlock) -> None:
+        super().__init__()
+        self.branch_reparam, self.se_layer, self.act = (
+            block.branch_reparam, block.se_layer, block.act)
+        self.train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.se_layer(self.branch_reparam(x)))
 
 
 def _deploy(block: RepVGGBlock) -> None:

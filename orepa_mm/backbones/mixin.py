@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,8 +141,9 @@ class DBBMixin(ResNetMixin):
     default_conv_cfg = {'type': 'DBB'}
     training_key = '.dbb_origin.conv.weight'
 
-    def __init__(self, *args: Any, conv_cfg: dict | None = None,
-                 norm_cfg: dict = dict(type='BN', requires_grad=True), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, conv_cfg: dict | None = None, norm_cfg: dict | None = None,
+                 **kwargs: Any) -> None:
+        norm_cfg = norm_cfg or {'type': 'BN', 'requires_grad': True}
         super().__init__(*args, conv_cfg={'norm_cfg': norm_cfg, **(conv_cfg or {})},
                          norm_cfg=norm_cfg, **kwargs)
         for parent, conv, name, norm in _convs_and_norms(self):
@@ -177,7 +179,7 @@ def _convs_and_norms(model: nn.Module
     for parent in list(model.modules()):
         if not isinstance(parent, DBBConv2d):
             children = list(parent.named_children())
-            for (_, conv), (name, norm) in zip(children, children[1:]):
+            for (_, conv), (name, norm) in pairwise(children):
                 yield parent, conv, name, norm
 
 

@@ -30,10 +30,11 @@ class ReparamConv2d(nn.Module, ABC):
     its `__init__`, and implements `squeeze` and `reset_branches`.
 
     In eval mode the kernel is generated once and kept as long as no gradient
-    can flow to the branches. It is generated anew after `train()`, `eval()`,
-    loading, moving to another device or dtype, and any in-place change of a
-    parameter. MMEngine's moving averages write through `parameter.data`, which
-    PyTorch's version counter does not see; a checksum of the branches does.
+    can flow to the branches. It is generated anew after `train()` and `eval()`
+    (unless the layer is frozen), loading, moving to another device or dtype,
+    and any in-place change of a parameter. MMEngine's moving averages write
+    through `parameter.data`, which PyTorch's version counter does not see; a
+    checksum of the branches does.
 
     Args:
         in_channels: `I`.
@@ -194,8 +195,13 @@ class ReparamConv2d(nn.Module, ABC):
     # --- the cache of the kernel ---------------------------------------------
 
     def train(self, mode: bool = True) -> ReparamConv2d:
-        """Set the mode as any module does; the cached kernel is dropped."""
-        self._cache = None
+        """Set the mode as any module does; the kernel of a frozen layer is kept.
+
+        Training loops call this at every iteration, and frozen stages are put
+        back into eval mode: they shall be squeezed once.
+        """
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            self._cache = None
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> ReparamConv2d:

@@ -70,7 +70,7 @@ class DBBConv2d(ReparamConv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype)
-        I, o, g, k = self.in_channels, self.out_channels, self.groups, self.kernel_size[0]
+        i, o, g, k = self.in_channels, self.out_channels, self.groups, self.kernel_size[0]
         margin = tuple(d * (k // 2) for d in self.dilation)
         if k == 1 or self.padding not in (margin, 'same') or self.padding_mode != 'zeros':
             raise ValueError(
@@ -93,23 +93,23 @@ class DBBConv2d(ReparamConv2d):
 
         where = dict(stride=self.stride, dilation=self.dilation)
         self.dbb_origin = nn.Sequential()
-        self.dbb_origin.add_module('conv', conv(I, o, k, padding=margin, **where))
+        self.dbb_origin.add_module('conv', conv(i, o, k, padding=margin, **where))
         self.dbb_origin.add_module('bn', norm(o))
         self.dbb_avg = nn.Sequential()
-        self.dbb_avg.add_module('conv', conv(I, o, 1))
+        self.dbb_avg.add_module('conv', conv(i, o, 1))
         self.dbb_avg.add_module('bn', _BNAndPad(norm(o), margin))
         self.dbb_avg.add_module('avg', _Average(k, **where))
         self.dbb_avg.add_module('avgbn', norm(o))
         self.dbb_1x1 = nn.Sequential()
-        self.dbb_1x1.add_module('conv', conv(I, o, 1, stride=self.stride))
+        self.dbb_1x1.add_module('conv', conv(i, o, 1, stride=self.stride))
         self.dbb_1x1.add_module('bn', norm(o))
         self.dbb_1x1_kxk = nn.Sequential()
-        hidden = 2 * I if g > 1 and g == o else I
-        if hidden == I:
+        hidden = 2 * i if g > 1 and g == o else i
+        if hidden == i:
             self.dbb_1x1_kxk.add_module('idconv1', _IdentityConv1x1(
-                I, I, 1, groups=g, bias=False, **self._factory_kwargs))
+                i, i, 1, groups=g, bias=False, **self._factory_kwargs))
         else:
-            self.dbb_1x1_kxk.add_module('conv1', conv(I, hidden, 1))
+            self.dbb_1x1_kxk.add_module('conv1', conv(i, hidden, 1))
         self.dbb_1x1_kxk.add_module('bn1', _BNAndPad(norm(hidden), margin))
         self.dbb_1x1_kxk.add_module('conv2', conv(hidden, o, k, **where))
         self.dbb_1x1_kxk.add_module('bn2', norm(o))

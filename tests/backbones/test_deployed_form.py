@@ -1,0 +1,171 @@
+"""Every registered backbone deploys to the stock network, with every option of it."""
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from mmengine.registry import MODELS
+from torch import nn
+
+from orepa_mm.backbones.registration import PACKAGES
+from orepa_mm.deploy import reparameterize
+from orepa_mm.layers import reparam_layers
+
+NARROW = dict(depth=18, base_channels=8)
+BOTTLENECK = dict(depth=50, base_channels=8)
+DILATED = dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4))
+DCN = dict(type='DCNv2', deform_groups=1, fallback_on_stride=False)
+MMPRETRAIN = dict(out_indices=(0, 1, 2, 3))
+
+
+def narrow_repvgg(width=0.125, **arch):
+    return dict(type='OREPARepVGG', out_indices=(0, 1, 2, 3), arch={
+        'num_blocks': [1, 2, 2, 1], 'width_factor': [width] * 4, 'group_layer_map': None,
+        'se_cfg': None, **arch})
+
+
+CASES = {
+    'r18': dict(type='mmdet.OREPAResNet', **NARROW),
+    'r50': dict(type='mmdet.OREPAResNet', **BOTTLENECK),
+    'resnext50': dict(type='mmdet.OREPAResNeXt', depth=50, base_channels=16, groups=4,
+                      base_width=2),
+    'dilated': dict(type='mmdet.OREPAResNet', **BOTTLENECK, **DILATED),
+    'two stages': dict(type='mmdet.OREPAResNet', **NARROW, num_stages=2, strides=(1, 2),
+                       dilations=(1, 1), out_indices=(0, 1)),
+    'deep stem': dict(type='mmdet.OREPAResNet', **NARROW, deep_stem=True, avg_down=True),
+    'deformable': dict(type='mmdet.OREPAResNet', **BOTTLENECK, dcn=DCN,
+                       stage_with_dcn=(False, True, True, True)),
+    'deformable resnext': dict(type='mmdet.OREPAResNeXt', depth=50, base_channels=16, groups=4,
+                               base_width=2, stage_with_dcn=(False, False, False, True), dcn=DCN),
+    'caffe style': dict(type='mmdet.OREPAResNet', **BOTTLENECK, style='caffe'),
+    'dbb r18': dict(type='mmdet.DBBResNet', **NARROW),
+    'dbb r50': dict(type='mmdet.DBBResNet', **BOTTLENECK, norm_eval=True),
+    'dbb deformable': dict(type='mmdet.DBBResNet', **BOTTLENECK, dcn=DCN,
+                           stage_with_dcn=(False, True, True, True)),
+    'seg r18': dict(type='mmseg.OREPAResNet', **NARROW),
+    'seg v1c r50 d8': dict(type='mmseg.OREPAResNetV1c', **BOTTLENECK, **DILATED,
+                           contract_dilation=True, norm_cfg=dict(type='SyncBN')),
+    'seg v1c r18 multi grid': dict(type='mmseg.OREPAResNetV1c', **NARROW, **DILATED,
+                                   multi_grid=(1, 2)),
+    'seg resnext50': dict(type='mmseg.OREPAResNeXt', depth=50, base_channels=16, groups=4,
+                          base_width=2),
+    'seg dbb r50 d8': dict(type='mmseg.DBBResNet', **BOTTLENECK, **DILATED,
+                           contract_dilation=True, norm_cfg=dict(type='SyncBN')),
+    'seg dbb v1c r18': dict(type='mmseg.DBBResNetV1c', **NARROW),
+    'cls r18': dict(type='mmpretrain.OREPAResNet', **NARROW, **MMPRETRAIN, stem_channels=16),
+    'cls r50': dict(type='mmpretrain.OREPAResNet', **BOTTLENECK, **MMPRETRAIN, stem_channels=8,
+                    drop_path_rate=0.1),
+    'cls v1c': dict(type='mmpretrain.OREPAResNetV1c', **BOTTLENECK, **MMPRETRAIN),
+    'cls resnext50': dict(type='mmpretrain.OREPAResNeXt', depth=50, base_channels=16, groups=4,
+                          width_per_group=2, **MMPRETRAIN),
+    'cls dbb r18': dict(type='mmpretrain.DBBResNet', **NARROW, **MMPRETRAIN),
+    'cls dbb deep stem': dict(type='mmpretrain.DBBResNet', **NARROW, **MMPRETRAIN,
+                              deep_stem=True),
+    'repvgg': narrow_repvgg(),
+    'repvgg dilated': dict(**narrow_repvgg(), strides=(2, 2, 1, 1), dilations=(1, 1, 2, 4)),
+    'repvgg grouped': narrow_repvgg(group_layer_map={2: 2, 4: 4}),
+    'repvgg sync bn': dict(**narrow_repvgg(), norm_cfg=dict(type='SyncBN')),
+    'repvgg pooling': dict(**narrow_repvgg(0.25), add_ppf=True),
+}
+
+
+def state(model):
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def stock_of(backbone, cfg):
+    """The stock network, by the name that an exported config gives it."""
+    stock = type(backbone).stock_cfg(cfg)
+    if '.' not in stock['type']:
+        stock['type'] = f"{cfg['type'].partition('.')[0]}.{stock['type']}"
+    return MODELS.build(stock)
+
+
+EXCITED = narrow_repvgg(se_cfg=dict(ratio=4, divisor=1))
+
+
+def test_every_registered_backbone_is_a_case():
+    cases = {cfg['type'] for cfg in CASES.values()}
+    for package, (_, _, names) in PACKAGES.items():
+        for name in names:
+            assert name in cases or f'{package}.{name}' in cases
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_deployed_form_is_the_stock_network(name):
+    cfg = CASES[name]
+    backbone = randomize(MODELS.build(cfg)).eval().double()
+    stock = stock_of(backbone, cfg).double()
+    stock.eval()
+    assert isinstance(backbone, type(stock))
+    deployed = reparameterize(backbone)
+    assert not list(reparam_layers(deployed))
+    assert state(deployed) == state(stock) == state(MODELS.build({**cfg, 'deploy': True}))
+    stock.load_state_dict(deployed.state_dict(), strict=True)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = backbone(images)
+        for found in (deployed(images), stock(images)):
+            assert len(found) == len(expected)
+            for one, other in zip(found, expected):
+                assert relative_error(one, other) < 1e-8
+
+
+@pytest.mark.parametrize('name', ['r18', 'dbb r18', 'seg dbb r50 d8', 'repvgg',
+                                  'repvgg squeeze and excite', 'cls dbb deep stem'])
+def test_switch_to_deploy_keeps_flags_and_can_be_called_twice(name):
+    cfg = CASES.get(name, EXCITED)
+    backbone = randomize(MODELS.build(cfg)).eval().double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = backbone(images)
+        backbone.switch_to_deploy()
+        backbone.switch_to_deploy()
+        for one, other in zip(backbone(images), expected):
+            assert relative_error(one, other) < 1e-10
+    assert backbone.deploy
+    assert not any(module.training for module in backbone.modules())
+    assert all(p.requires_grad and p.dtype == torch.float64 for p in backbone.parameters())
+    assert backbone.train().training
+    again = MODELS.build({**cfg, 'deploy': True}).double().eval()
+    again.load_state_dict(backbone.state_dict(), strict=True)
+    with torch.no_grad():
+        for one, other in zip(again(images), expected):
+            assert relative_error(one, other) < 1e-10
+    reparameterize(nn.Sequential(backbone))  # converted before: no error
+
+
+def test_squeeze_and_excite_is_not_exported_without_it():
+    """MMPretrain's deployed block leaves it out; what it computes is something else."""
+    backbone = MODELS.build(EXCITED)
+    with pytest.raises(ValueError, match='squeeze-and-excitation'):
+        type(backbone).stock_cfg(EXCITED)
+    with pytest.raises(ValueError, match='squeeze-and-excitation'):
+        type(backbone).stock_cfg(dict(type='OREPARepVGG', arch='D2se'))
+
+
+@pytest.mark.parametrize('name', ['dbb r18', 'repvgg squeeze and excite'])
+def test_frozen_layers_stay_frozen(name):
+    backbone = MODELS.build(CASES.get(name, EXCITED))
+    backbone.requires_grad_(False)
+    assert not any(p.requires_grad for p in reparameterize(backbone).parameters())
+
+
+def test_dbb_has_no_norm_behind_its_blocks():
+    backbone = MODELS.build(CASES['dbb r50'])
+    block = backbone.layer1[0]
+    assert type(block.bn2) is nn.Identity
+    assert isinstance(block.bn1, nn.BatchNorm2d)  # behind a plain 1 x 1
+    assert isinstance(backbone.bn1, nn.BatchNorm2d)  # behind the plain stem
+    norms = [m for m in backbone.train().modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not any(norm.training for norm in norms)  # norm_eval reaches the branches
+
+
+@pytest.mark.parametrize('name', ['r18', 'dbb r18', 'repvgg'])
+def test_checkpoint_of_the_other_form_is_refused(name):
+    training = MODELS.build(CASES[name])
+    deployed = MODELS.build({**CASES[name], 'deploy': True})
+    with pytest.raises(RuntimeError, match='deploy form'):
+        deployed.load_state_dict(training.state_dict(), strict=False)
+    if name != 'repvgg':  # whose plain 3 x 3 has another name
+        with pytest.raises(RuntimeError, match=r'training form.*plain convolution'):
+            training.load_state_dict(deployed.state_dict(), strict=False)
