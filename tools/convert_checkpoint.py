@@ -1,24 +1,40 @@
-"""Convert an ImageNet checkpoint of the OREPA authors (ResNet, ResNeXt) to our names."""
+"""Convert an ImageNet checkpoint: the authors' names to ours, or training form to deploy form."""
 
 import argparse
 import sys
-from pathlib import Path
 
-from orepa_mm.checkpoints import CheckpointError, convert_checkpoint_file
+from orepa_mm.checkpoints import PUBLISHED, CheckpointError
+from orepa_mm.deploy import CONVERTED_FORMS, convert_checkpoint_file
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', help='checkpoint in training form: a file of the OREPA authors '
+                        '(ResNet, ResNeXt, RepVGG), or of a classifier that was trained with '
+                        'a backbone of this package')
+    parser.add_argument('target', help='file to write; nothing is overwritten')
+    parser.add_argument('--arch', metavar='NAME', help='stop if the source does not hold this '
+                        f'network: {", ".join(PUBLISHED)}')
+    parser.add_argument('--to', choices=CONVERTED_FORMS, default='training',
+                        help='training (default): backbone.* and head.fc.* for init_cfg of type '
+                        "Pretrained; deploy: re-parameterized, OpenMMLab's plain names; "
+                        "torchvision: re-parameterized, torchvision's names")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('source', help="the authors' file, in training form")
-    parser.add_argument('target', type=Path, help='file to write: an image classifier with '
-                        'backbone.* and head.fc.*, for init_cfg of type Pretrained')
-    args = parser.parse_args()
+    args = parse_args()
     try:
-        count = convert_checkpoint_file(args.source, args.target)
-    except (CheckpointError, FileNotFoundError, FileExistsError) as error:
+        written = convert_checkpoint_file(args.source, args.target, args.arch, args.to)
+    except (CheckpointError, ImportError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
-    print(f'wrote {count} tensors to {args.target}')
+    print(f'wrote {args.target}: {written.architecture.name}, {written.form} form, '
+          f'{written.num_tensors} tensors')
+    if args.to == 'training':
+        print(f'use it in a config, in the backbone of type {written.architecture.backbone["type"]}'
+              f":\n  init_cfg=dict(type='Pretrained', checkpoint={args.target!r}, "
+              "prefix='backbone.')")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: safe reading, strict loading, atomic writing, the authors' names."""
 
+from .architectures import PUBLISHED, Architecture, recognize_architecture
 from .io import (
     CheckpointError,
     load_checkpoint,
@@ -8,11 +9,12 @@ from .io import (
     model_state_dict,
     written_whole,
 )
-from .official import convert_checkpoint_file, convert_official_block, convert_official_state_dict
+from .official import convert_official_block, convert_official_state_dict, read_classifier
 from .safe_globals import allow_runner_checkpoints
 
-__all__ = ['CheckpointError', 'allow_runner_checkpoints', 'convert_checkpoint_file',
+__all__ = ['PUBLISHED', 'Architecture', 'CheckpointError', 'allow_runner_checkpoints',
            'convert_official_block', 'convert_official_state_dict', 'load_checkpoint',
-           'load_pretrained', 'load_weights', 'model_state_dict', 'written_whole']
+           'load_pretrained', 'load_weights', 'model_state_dict', 'read_classifier',
+           'recognize_architecture', 'written_whole']
 
 allow_runner_checkpoints()

@@ -1,41 +1,28 @@
 """The authors' checkpoints: their names turned into ours.
 
-Their ResNets hold each convolution with its BN in one block; OpenMMLab keeps
-them apart. The names inside a block are the same here and there.
+They hold each convolution with its BN in one block; OpenMMLab keeps them
+apart. The names inside a block are the same here and there.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
-from .io import CheckpointError, load_checkpoint, model_state_dict, written_whole
-
-#: (has three convolutions per block, blocks per stage) of the published ResNets.
-_ARCHITECTURES = {
-    18: (False, (2, 2, 2, 2)),
-    34: (False, (3, 4, 6, 3)),
-    50: (True, (3, 4, 6, 3)),
-    101: (True, (3, 4, 23, 3)),
-}
-
-#: The 7 x 7 stem is a chain of so many 3 x 3 kernels.
-_STEM_KERNELS = 3
-
-_BN_KEYS = frozenset(nn.BatchNorm2d(1).state_dict())
-_BLOCK_KEYS = {
-    kind: frozenset(layer.state_dict()) for kind, layer in {
-        'OREPA': OREPAConv2d(1, 1, 3, bias=False, device='meta'),
-        'OREPA_1x1': OREPAConv1x1(1, 1, bias=False, device='meta'),
-        'plain': nn.Conv2d(1, 1, 1, bias=False, device='meta'),
-    }.items()
-}
+from .architectures import (
+    Architecture,
+    Part,
+    network_parts,
+    recognize_architecture,
+    shortened,
+    tensor_shape,
+)
+from .forms import training_form_of
+from .io import CheckpointError, model_state_dict
 
 
 def convert_official_block(
@@ -55,153 +42,118 @@ def convert_official_block(
         CheckpointError: If a key is unknown or missing, or a shape does not fit
             the others; it is named.
     """
-    numbers = {int(m[1]) for key in state_dict if (m := re.match(r'weight(\d+)\.', key))}
-    if numbers:
-        kind = max(numbers) + 1
-    elif any(key.startswith('weight_or1x1_') for key in state_dict):
-        kind = 'OREPA_1x1'
-    else:
-        kind = 'plain' if 'conv.weight' in state_dict else 'OREPA'
-    return _split_block(state_dict, kind, '')
+    layer = _empty_layer(state_dict)
+    source = 'conv' if isinstance(layer, nn.Conv2d) else ''
+    state = _renamed(state_dict, [
+        Part(source, 'conv', layer),
+        Part('bn', 'bn', nn.BatchNorm2d(layer.out_channels, device='meta')),
+    ], 'authors', 'the rest of the block')
+    conv, bn = ({key.removeprefix(prefix): value for key, value in state.items()
+                 if key.startswith(prefix)} for prefix in ('conv.', 'bn.'))
+    return conv, bn
 
 
 def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Turn the authors' ResNet or ResNeXt weights into ours.
+    """Turn the authors' ResNet, ResNeXt or RepVGG weights into ours.
 
     Args:
         checkpoint: What their file holds: a state dict, or a dictionary with
             one under `state_dict`, with or without the prefix `module.`.
 
     Returns:
-        State dict of an image classifier: `backbone.*` for `OREPAResNet` or
-        `OREPAResNeXt`, and `head.fc.*`. The tensors are not copied.
+        State dict of an image classifier: `backbone.*` for `OREPAResNet`,
+        `OREPAResNeXt` or `OREPARepVGG`, and `head.fc.*`. The tensors are not copied.
 
     Raises:
-        CheckpointError: If a key is unknown or missing; it is named.
+        CheckpointError: If it is no such checkpoint, a key is unknown or
+            missing, or a shape does not fit; it is named.
+    """
+    if training_form_of(model_state_dict(checkpoint)) == 'ours':
+        raise CheckpointError('this has our names and is in training form already: there is '
+                              'nothing to do. It can be converted to the forms deploy and '
+                              'torchvision')
+    return read_classifier(checkpoint)[1]
+
+
+def read_classifier(checkpoint: Mapping[str, Any]) -> tuple[Architecture, dict[str, Tensor]]:
+    """Read a classifier in training form, in the authors' names or in ours.
+
+    Args:
+        checkpoint: As of `convert_official_state_dict`, or what the runner
+            saved of a classifier that was trained with one of our backbones.
+
+    Returns:
+        The network, and its state dict in our names: exactly the keys and
+        shapes that this network has. The tensors are not copied.
+
+    Raises:
+        CheckpointError: If it is no such classifier, a key is unknown or
+            missing, or a shape does not fit; it is named.
     """
     state = model_state_dict(checkpoint)
+    form = training_form_of(state)
     others = [key for key, value in checkpoint.get('state_dict', checkpoint).items()
               if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f'the checkpoint has an unknown key {others[0]}, which is no tensor')
-    rest = dict(state)
-    converted: dict[str, Tensor] = {}
-    for source, kind, conv_name, bn_name in _blocks(_depth_of(state)):
-        block = {key.removeprefix(f'{source}.'): rest.pop(key) for key in state
-                 if key.startswith(f'{source}.')}
-        if not block:
-            raise CheckpointError(f'the checkpoint has no {source}.*: it is truncated')
-        conv, bn = _split_block(block, kind, f'{source}.')
-        converted.update({f'backbone.{conv_name}.{key}': value for key, value in conv.items()})
-        converted.update({f'backbone.{bn_name}.{key}': value for key, value in bn.items()})
-    _check_keys(rest.keys(), {'linear.weight', 'linear.bias'}, '')
-    if rest['linear.weight'].shape[:1] != rest['linear.bias'].shape:
-        raise CheckpointError('linear.weight and linear.bias differ in their number of classes')
-    converted.update({'head.fc.weight': rest['linear.weight'], 'head.fc.bias': rest['linear.bias']})
-    return converted
+    try:
+        architecture = recognize_architecture(state)
+        return architecture, _renamed(state, network_parts(architecture), form, architecture.name)
+    except CheckpointError as error:
+        if form == 'authors':
+            raise
+        raise CheckpointError(
+            f'{error}. A network that differs from the published kind can be re-parameterized '
+            'with its config: tools/reparam.py CONFIG CHECKPOINT') from error
 
 
-def convert_checkpoint_file(source: str | Path, target: str | Path) -> int:
-    """Convert a file of the authors to a checkpoint for `init_cfg=dict(type='Pretrained')`.
+def _renamed(state: Mapping[str, Tensor], parts: Iterable[Part], form: str, whole: str
+             ) -> dict[str, Tensor]:
+    """The tensors in our names, if they are exactly those of `parts`.
 
-    Args:
-        source: Their file, see `convert_official_state_dict`.
-        target: File to write, whole or not at all.
-
-    Returns:
-        Number of tensors written.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        FileExistsError: If the target exists already.
-        CheckpointError: If it is no checkpoint of the authors' ResNets.
+    `form` says which of its names a part goes by in `state`; `whole` is what
+    asks for the shapes, for an error.
     """
-    if Path(target).exists():
-        raise FileExistsError(f'{target} exists already: nothing is overwritten')
-    state = convert_official_state_dict(load_checkpoint(source))
-    with written_whole(target) as path:
-        torch.save({'meta': {'form': 'training', 'source': Path(source).name},
-                    'state_dict': state}, path)
-    return len(state)
+    renamed: dict[str, Tensor] = {}
+    expected, missing, misfits = set(), [], []
+    for part in parts:
+        source = getattr(part, form)
+        shapes = {f'{source}.{key}' if source else key: (f'{part.ours}.{key}', tensor.shape)
+                  for key, tensor in part.layer.state_dict().items()}
+        expected |= shapes.keys()
+        absent = [key for key in shapes if key not in state]
+        all_of_it = source and len(absent) == len(shapes) > 1
+        missing += [f'{source}.*'] if all_of_it else absent
+        for key, (name, shape) in shapes.items():
+            if key in state:
+                renamed[name] = state[key]
+                if state[key].shape != shape:
+                    misfits.append(f'{key} has the shape {tuple(state[key].shape)}, where {whole} '
+                                   f'asks for {tuple(shape)}')
+    unknown = sorted(state.keys() - expected)
+    if unknown:
+        raise CheckpointError(f'the checkpoint has an unknown key {shortened(unknown)}')
+    if missing:
+        raise CheckpointError(f'the checkpoint has no key {shortened(missing)}: it is truncated')
+    if misfits:
+        raise CheckpointError(misfits[0])
+    return renamed
 
 
-def _depth_of(state: Mapping[str, Tensor]) -> int:
-    """The depth of the ResNet with these keys in the authors' names."""
-    numbers = [{int(m[1]) for key in state if (m := re.match(rf'stage{stage}\.(\d+)\.conv', key))}
-               for stage in range(1, 5)]
-    blocks = tuple(max(found, default=-1) + 1 for found in numbers)
-    bottleneck = any(re.match(r'stage\d\.\d+\.conv3\.', key) for key in state)
-    for depth, architecture in _ARCHITECTURES.items():
-        if architecture == (bottleneck, blocks):
-            return depth
-    first = ', '.join(list(state)[:3])
-    raise CheckpointError(
-        'this is no OREPA ResNet-18/34/50/101 or ResNeXt-50 of the authors: it has '
-        f'{blocks} blocks in stage1 to stage4 and begins with the keys {first}')
+def _empty_layer(block: Mapping[str, Tensor]) -> nn.Module:
+    """The layer of a block, without content, whose size is that of its main kernel."""
+    empty = {'bias': False, 'device': 'meta'}
+    numbers = [int(m[1]) for key in block if (m := re.match(r'weight(\d+)\.', key))]
+    if numbers:
+        out, channels, *_ = tensor_shape(block, 'weight0.weight_orepa_origin')
+        return OREPAStemConv2d(channels, out, 2 * max(numbers) + 3, **empty)
+    if any(key.startswith('weight_or1x1_') for key in block):
+        out, channels, *_ = tensor_shape(block, 'weight_or1x1_origin')
+        return OREPAConv1x1(channels, out, **empty)
+    if 'conv.weight' in block:
+        out, channels, *_ = tensor_shape(block, 'conv.weight')
+        return nn.Conv2d(channels, out, 1, **empty)
+    out, group_in, size, _ = tensor_shape(block, 'weight_orepa_origin')
+    channels = tensor_shape(block, 'weight_orepa_gconv_dw')[0] // OREPAConv2d.expansion
+    return OREPAConv2d(channels, out, size, groups=channels // group_in, **empty)
 
-
-def _blocks(depth: int) -> Iterator[tuple[str, str | int, str, str]]:
-    """(the authors' block, its kind, our convolution, our BN) for every block of a ResNet.
-
-    The kind of a stem is the number of its 3 x 3 kernels.
-    """
-    bottleneck, stage_blocks = _ARCHITECTURES[depth]
-    kinds = ['OREPA_1x1', 'OREPA', 'OREPA_1x1'] if bottleneck else ['OREPA', 'OREPA']
-    yield 'stage0.conv1', _STEM_KERNELS, 'conv1', 'bn1'
-    for stage, count in enumerate(stage_blocks, start=1):
-        for index in range(count):
-            source, target = f'stage{stage}.{index}', f'layer{stage}.{index}'
-            for n, kind in enumerate(kinds, start=1):
-                yield f'{source}.conv{n}', kind, f'{target}.conv{n}', f'{target}.bn{n}'
-            if index == 0 and (bottleneck or stage > 1):
-                yield (f'{source}.shortcut', 'OREPA_1x1' if bottleneck else 'plain',
-                       f'{target}.downsample.0', f'{target}.downsample.1')
-
-
-def _split_block(state_dict: Mapping[str, Tensor], kind: str | int, prefix: str
-                 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """State dicts of the convolution and the BN; `prefix` is for errors."""
-    if isinstance(kind, int):
-        expected = {f'weight{n}.{key}' for n in range(kind) for key in _BLOCK_KEYS['OREPA']}
-    else:
-        expected = {f'conv.{key}' if kind == 'plain' else key for key in _BLOCK_KEYS[kind]}
-    _check_keys(state_dict, expected | {f'bn.{key}' for key in _BN_KEYS}, prefix)
-    conv = {key.removeprefix('conv.'): value for key, value in state_dict.items()
-            if not key.startswith('bn.')}
-    bn = {key.removeprefix('bn.'): value for key, value in state_dict.items()
-          if key.startswith('bn.')}
-    layer = _empty_layer(conv, kind)
-    for part, module, given in (('', layer, conv), ('bn.', nn.BatchNorm2d(
-            layer.out_channels, device='meta'), bn)):
-        for key, tensor in module.state_dict().items():
-            if tensor.shape != given[key].shape:
-                raise CheckpointError(
-                    f'{prefix}{part}{key} has the shape {tuple(given[key].shape)}, where the '
-                    f'other tensors of its block ask for {tuple(tensor.shape)}')
-    return conv, bn
-
-
-def _empty_layer(state: Mapping[str, Tensor], kind: str | int) -> nn.Module:
-    """A layer without content whose size is that of the block's main kernel."""
-    if isinstance(kind, int):
-        out, channels = state['weight0.weight_orepa_origin'].shape[:2]
-        return OREPAStemConv2d(channels, out, 2 * kind + 1, bias=False, device='meta')
-    if kind == 'OREPA':
-        out, group_in, size = state['weight_orepa_origin'].shape[:3]
-        channels = state['weight_orepa_gconv_dw'].shape[0] // OREPAConv2d.expansion
-        return OREPAConv2d(channels, out, size, groups=channels // group_in, bias=False,
-                           device='meta')
-    if kind == 'OREPA_1x1':
-        out, channels = state['weight_or1x1_origin'].shape[:2]
-        return OREPAConv1x1(channels, out, bias=False, device='meta')
-    out, channels = state['weight'].shape[:2]
-    return nn.Conv2d(channels, out, 1, bias=False, device='meta')
-
-
-def _check_keys(found: Iterable[str], expected: Iterable[str], prefix: str) -> None:
-    for problem, keys in (('an unknown key', set(found) - set(expected)),
-                          ('no key', set(expected) - set(found))):
-        if keys:
-            names = ', '.join(f'{prefix}{key}' for key in sorted(keys)[:5])
-            more = f' and {len(keys) - 5} more' if len(keys) > 5 else ''
-            raise CheckpointError(f'the checkpoint has {problem} {names}{more}')

@@ -6,7 +6,6 @@ from helpers import golden, needs_golden
 
 from orepa_mm.checkpoints import (
     CheckpointError,
-    convert_checkpoint_file,
     convert_official_block,
     convert_official_state_dict,
 )
@@ -17,6 +16,11 @@ pytestmark = needs_golden
 @pytest.fixture
 def network():
     return golden('net_resnet18_narrow')['state_dict']
+
+
+@pytest.fixture
+def repvgg():
+    return golden('net_repvgg_narrow')['state_dict']
 
 
 def test_unknown_key_is_named(network):
@@ -66,43 +70,68 @@ def test_a_shape_that_does_not_fit_is_named(network, key):
 
 def test_missing_block_is_named(network):
     network = {k: v for k, v in network.items() if not k.startswith('stage3.0.shortcut.')}
-    with pytest.raises(CheckpointError, match=r'no stage3\.0\.shortcut'):
+    with pytest.raises(CheckpointError, match=r'no key stage3\.0\.shortcut\.conv\.weight, '
+                       r'stage3\.0\.shortcut\.bn\.\*: it is truncated'):
         convert_official_state_dict(network)
 
 
-def test_truncated_network_is_described(network):
-    network = {k: v for k, v in network.items() if not k.startswith('stage4.1.')}
-    with pytest.raises(CheckpointError, match=r'\(2, 2, 2, 1\) blocks'):
+def test_a_block_that_fits_itself_but_not_the_network(network):
+    for key, value in network.items():
+        if key.startswith('stage2.1.conv1.bn.') and value.dim():
+            network[key] = torch.cat([value, value])
+    with pytest.raises(CheckpointError, match=r'stage2\.1\.conv1\.bn\.weight has the shape '
+                       r'\(32,\), where ResNet-18, 8 channels wide asks for \(16,\)'):
         convert_official_state_dict(network)
 
 
-def test_a_stock_resnet_is_described():
-    with pytest.raises(CheckpointError, match=r'begins with the keys conv1\.weight'):
-        convert_official_state_dict({'conv1.weight': torch.zeros(1)})
+def test_names_of_a_repvgg(repvgg):
+    converted = convert_official_state_dict(repvgg)
+    for theirs, ours in (
+            ('stage0.rbr_dense.vector', 'backbone.stem.branch_3x3.conv.vector'),
+            ('stage0.rbr_dense.bn.weight', 'backbone.stem.branch_3x3.norm.weight'),
+            ('stage2.1.rbr_1x1.conv.weight', 'backbone.stage_2.1.branch_1x1.conv.weight'),
+            ('stage2.1.rbr_1x1.bn.running_var', 'backbone.stage_2.1.branch_1x1.norm.running_var'),
+            ('stage2.1.rbr_identity.bias', 'backbone.stage_2.1.branch_norm.bias'),
+            ('stage4.0.rbr_dense.id_tensor', 'backbone.stage_4.0.branch_3x3.conv.id_tensor'),
+            ('linear.bias', 'head.fc.bias')):
+        assert converted[ours] is repvgg[theirs]
+    assert len(converted) == len(repvgg)
+
+
+@pytest.mark.parametrize('key', [
+    'stage2.1.rbr_dense.vector', 'stage0.rbr_dense.weight_rbr_prior', 'stage3.0.rbr_1x1.bn.bias',
+    'stage2.1.rbr_identity.weight', 'stage1.0.rbr_1x1.conv.weight', 'linear.bias'])
+def test_missing_key_or_misfitting_shape_of_a_repvgg(repvgg, key):
+    name = key.replace('.', r'\.')
+    value = repvgg.pop(key)
+    with pytest.raises(CheckpointError, match=f'no key {name}'):
+        convert_official_state_dict(repvgg)
+    with pytest.raises(CheckpointError, match=f'{name} has the shape'):
+        convert_official_state_dict({**repvgg, key: value[:-1]})
+
+
+@pytest.mark.parametrize('key', ['stage2.0.rbr_identity.weight', 'stage1.0.se.down.weight',
+                                 'stage1.0.rbr_dense.weight_rbr_1x1', 'gap.weight'])
+def test_unknown_key_of_a_repvgg(repvgg, key):
+    repvgg[key] = torch.zeros(16)
+    with pytest.raises(CheckpointError, match='unknown key ' + key.replace('.', r'\.')):
+        convert_official_state_dict(repvgg)
 
 
 def test_block_with_a_missing_or_unknown_key():
     block = golden('block_orepa_3x3')['state_dict']
     with pytest.raises(CheckpointError, match='unknown key surprise'):
         convert_official_block({**block, 'surprise': torch.zeros(1)})
-    block.pop('vector')
-    with pytest.raises(CheckpointError, match='no key vector'):
+    for key in ('vector', 'weight_orepa_origin', 'bn.bias'):
+        with pytest.raises(CheckpointError, match=f'no key {key}'):
+            convert_official_block({k: v for k, v in block.items() if k != key})
+
+
+def test_plain_block():
+    conv = torch.nn.Conv2d(4, 6, 1, bias=False).state_dict()
+    bn = torch.nn.BatchNorm2d(6).state_dict()
+    block = {**{f'conv.{k}': v for k, v in conv.items()}, **{f'bn.{k}': v for k, v in bn.items()}}
+    assert convert_official_block(block) == (conv, bn)
+    block['bn.bias'] = torch.zeros(5)
+    with pytest.raises(CheckpointError, match=r'bn\.bias has the shape \(5,\), where .* \(6,\)'):
         convert_official_block(block)
-
-
-def test_file_to_pretrained_weights(tmp_path, network):
-    """The whole way of a user: convert, then build with init_cfg."""
-    from mmdet.registry import MODELS
-
-    torch.save({'state_dict': {f'module.{k}': v for k, v in network.items()}},
-               tmp_path / 'authors.pth')
-    target = tmp_path / 'new' / 'ours.pth'
-    assert convert_checkpoint_file(tmp_path / 'authors.pth', target) == len(network)
-    backbone = MODELS.build(dict(
-        type='OREPAResNet', depth=18, base_channels=network['stage0.conv1.bn.weight'].numel(),
-        init_cfg=dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')))
-    backbone.init_weights()
-    assert torch.equal(backbone.layer1[0].conv1.vector, network['stage1.0.conv1.vector'])
-    assert torch.equal(backbone.bn1.running_mean, network['stage0.conv1.bn.running_mean'])
-    with pytest.raises(FileExistsError, match='nothing is overwritten'):
-        convert_checkpoint_file(tmp_path / 'authors.pth', target)

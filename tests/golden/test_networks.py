@@ -2,12 +2,13 @@
 
 import json
 
+import mmpretrain.registry
 import pytest
 import torch
-from helpers import GOLDEN, golden, needs_golden, relative_error
+from helpers import GOLDEN, golden, needs_golden, on_meta_device, relative_error
 from mmdet.registry import MODELS
 
-from orepa_mm.checkpoints import convert_official_state_dict
+from orepa_mm.checkpoints import convert_official_state_dict, recognize_architecture
 from orepa_mm.deploy import reparameterize
 
 pytestmark = needs_golden
@@ -25,6 +26,7 @@ OFFICIAL = {
     'ResNet-18-2x': dict(type='OREPAResNet', depth=18, base_channels=128),
     'ResNeXt-50': dict(type='OREPAResNeXt', depth=50, groups=32, base_width=4),
 }
+REPVGG = dict(type='mmpretrain.OREPARepVGG', out_indices=(0, 1, 2, 3))
 
 
 def backbone_weights(state_dict):
@@ -32,24 +34,37 @@ def backbone_weights(state_dict):
             if key.startswith('backbone.')}
 
 
-@pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deployed'])
-@pytest.mark.parametrize('name', NETWORKS)
-def test_every_stage(name, deploy):
+def network(name):
+    """The record of a narrow network, our backbone with its weights, and its stem."""
     record = golden(name)
-    # narrow: the stem has as many channels as the first stage
-    width = record['state_dict']['stage0.conv1.bn.weight'].numel()
-    backbone = MODELS.build(dict(**NETWORKS[name], base_channels=width))
+    if name == 'net_repvgg_narrow':
+        arch = dict(group_layer_map=None, se_cfg=None, **{
+            key: record['meta'][key] for key in ('num_blocks', 'width_factor')})
+        backbone = MODELS.build(dict(**REPVGG, arch=arch))
+        stem = lambda backbone, x: backbone.stem(x)
+    else:
+        # narrow: the stem has as many channels as the first stage
+        width = record['state_dict']['stage0.conv1.bn.weight'].numel()
+        backbone = MODELS.build(dict(**NETWORKS[name], base_channels=width))
+        stem = lambda backbone, x: backbone.maxpool(
+            backbone.relu(backbone.norm1(backbone.conv1(x))))
     converted = convert_official_state_dict(record['state_dict'])
     backbone.load_state_dict(backbone_weights(converted), strict=True)
-    backbone.double().eval()
+    return record, backbone.double().eval(), stem
+
+
+@pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deployed'])
+@pytest.mark.parametrize('name', [*NETWORKS, 'net_repvgg_narrow'])
+def test_every_stage(name, deploy):
+    record, backbone, stem = network(name)
     if deploy:
         backbone = reparameterize(backbone)
+        assert not any(key.endswith('.vector') for key in backbone.state_dict())
     with torch.no_grad():
         x = record['x'].double()
-        stem = backbone.maxpool(backbone.relu(backbone.norm1(backbone.conv1(x))))
-        stages = [stem, *backbone(x)]
-        logits = (stages[-1].mean(dim=(2, 3)) @ converted['head.fc.weight'].double().T
-                  + converted['head.fc.bias'].double())
+        stages = [stem(backbone, x), *backbone(x)]
+        logits = (stages[-1].mean(dim=(2, 3)) @ record['state_dict']['linear.weight'].double().T
+                  + record['state_dict']['linear.bias'].double())
     assert len(stages) == len(record['stages'])
     expected = record['stages']
     expected = list(expected.values()) if isinstance(expected, dict) else expected
@@ -58,18 +73,25 @@ def test_every_stage(name, deploy):
     assert relative_error(logits, record['logits']) < 1e-7
 
 
-@pytest.mark.parametrize('name', OFFICIAL)
+@pytest.mark.parametrize('name', [*OFFICIAL, 'RepVGG-A0', 'RepVGG-A1', 'RepVGG-A2'])
 def test_official_checkpoint_covers_the_backbone(name):
+    """By hand in MMDetection's arguments, and as recognised in MMPretrain's."""
     shapes = json.loads((GOLDEN / 'official_checkpoint_keys.json').read_text())[name]
     official = {f'module.{key}': torch.empty(shape, device='meta')
                 for key, shape in shapes.items()}
     converted = convert_official_state_dict({'state_dict': official})
     assert len(converted) == len(official)
-    with torch.device('meta'):
-        backbone = MODELS.build(OFFICIAL[name])
     weights = backbone_weights(converted)
-    backbone.load_state_dict(weights, strict=True, assign=True)
-    assert {key: value.shape for key, value in backbone.state_dict().items()} == {
-        key: value.shape for key, value in weights.items()}
-    assert converted['head.fc.weight'].shape[1] == backbone.feat_dim
     assert len(weights) + 2 == len(converted)
+    recognized = recognize_architecture(converted).backbone
+    builds = [lambda: mmpretrain.registry.MODELS.build(recognized)]
+    if name in OFFICIAL:
+        builds.append(lambda: MODELS.build(OFFICIAL[name]))
+    for build in builds:
+        with on_meta_device():
+            backbone = build()
+        backbone.load_state_dict(weights, strict=True, assign=True)
+        assert {key: value.shape for key, value in backbone.state_dict().items()} == {
+            key: value.shape for key, value in weights.items()}
+        last = [module for module in backbone.modules() if hasattr(module, 'num_features')][-1]
+        assert converted['head.fc.weight'].shape[1] == last.num_features
