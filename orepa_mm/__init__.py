@@ -1,7 +1,7 @@
 """OREPA (Online Convolutional Re-parameterization, CVPR 2022) for OpenMMLab.
 
-Importing the package registers its conv layer type and backbones, and lets the
-runner's own checkpoints pass PyTorch's safe loading. A missing or broken
+Importing the package registers its conv layer types, backbones and optimizer
+constructor, and lets the runner's own checkpoints pass PyTorch's safe loading. A missing or broken
 dependency is named in a warning, so that `python -m orepa_mm.doctor`, which
 says what to do, always starts.
 """
@@ -16,7 +16,8 @@ __all__ = ['__version__']
 
 def _register() -> None:
     failures = []
-    for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones'):
+    for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones',
+                   'orepa_mm.engine.optimizer'):
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises

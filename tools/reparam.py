@@ -43,7 +43,7 @@ def main() -> int:
         return 1
     print_report(report)
     print(f'saved {out / "model.pth"} and {out / "config.py"}: the stock model, which tests '
-          f'without orepa_mm:\n  mim test mmdet {out / "config.py"} --checkpoint '
+          f'without orepa_mm:\n  mim test {report["package"]} {out / "config.py"} --checkpoint '
           f'{out / "model.pth"}')
     return 0
 

@@ -1,56 +1,24 @@
-# Half as wide, with a thin neck and thin heads, on small images, from scratch:
-# trains in minutes on a CPU. The demo's config; made to be used with --data-root.
-_base_ = 'faster-rcnn_orepa-r18_fpn_1x_coco.py'
-
-image_scale = (256, 256)
+# The demo's config: trains from scratch in minutes on a CPU, with --data-root.
+_base_ = [
+    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/orepa-r18-light.py'
+]
 
 model = dict(
-    backbone=dict(base_channels=32, frozen_stages=-1, norm_eval=False, init_cfg=None),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
-    rpn_head=dict(in_channels=64, feat_channels=64),
+    backbone=_base_.reparam.backbone,
+    neck=_base_.reparam.neck,
+    rpn_head=_base_.reparam.rpn_head,
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64),
         bbox_head=dict(in_channels=64, fc_out_channels=256)),
-    train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=128))),
-    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)))
-
-train_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=image_scale, keep_ratio=True),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs')
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
-    dict(type='Resize', scale=image_scale, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
-]
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    sampler=dict(type='InfiniteSampler'),
-    dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
+    train_cfg=_base_.reparam.train_cfg_of_model,
+    test_cfg=_base_.reparam.test_cfg_of_model)
+train_dataloader = _base_.reparam.train_dataloader
+val_dataloader = _base_.reparam.val_dataloader
 test_dataloader = val_dataloader
-
-train_cfg = dict(
-    _delete_=True, type='IterBasedTrainLoop', max_iters=400, val_interval=100)
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
-    clip_grad=dict(max_norm=10))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    # down to zero at the last iteration, whichever train_cfg.max_iters says
-    dict(type='CosineAnnealingLR', by_epoch=False)
-]
-default_hooks = dict(
-    logger=dict(interval=10, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=100, max_keep_ckpts=1))
-log_processor = dict(by_epoch=False, window_size=10)
+train_cfg = _base_.reparam.train_cfg
+optim_wrapper = _base_.reparam.optim_wrapper
+param_scheduler = _base_.reparam.param_scheduler
+default_hooks = _base_.reparam.default_hooks
+log_processor = _base_.reparam.log_processor
 randomness = dict(seed=0)

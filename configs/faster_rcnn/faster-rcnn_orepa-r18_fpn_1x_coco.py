@@ -1,7 +1,6 @@
-_base_ = 'faster-rcnn_orepa-r50_fpn_1x_coco.py'
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/orepa-r18.py']
 
 model = dict(
-    backbone=dict(
-        depth=18,
-        init_cfg=dict(checkpoint='checkpoints/orepa-resnet18_in1k.pth')),
-    neck=dict(in_channels=[64, 128, 256, 512]))
+    backbone=_base_.reparam.backbone,
+    neck=dict(in_channels=_base_.reparam.channels))
+optim_wrapper = _base_.reparam.optim_wrapper

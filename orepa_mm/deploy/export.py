@@ -13,9 +13,12 @@ from mmengine.registry import DefaultScope, Registry
 from torch import nn
 
 from ..checkpoints import written_whole
+from ..engine.optimizer import OREPAOptimWrapperConstructor
 from .reparameterize import is_training_form
 
 _PACKAGE = __name__.partition('.')[0]
+#: Settings that belong to a run; `reparam` holds what our configs picked from.
+_TRAINING_ONLY = ('load_from', 'resume', 'work_dir', 'launcher', 'reparam')
 
 
 def deploy_config(cfg: Config) -> Config:
@@ -33,6 +36,9 @@ def deploy_config(cfg: Config) -> Config:
         ValueError: If something of this package stands where no stock type can.
     """
     content = copy.deepcopy(cfg.to_dict())
+    for key in _TRAINING_ONLY:
+        content.pop(key, None)
+    _stock_optimizer(content.get('optim_wrapper') or {})
     registry = _model_registry()
     content['model'] = _stock_model(content['model'], registry)
     imports = content.get('custom_imports')
@@ -44,8 +50,6 @@ def deploy_config(cfg: Config) -> Config:
             imports['imports'] = kept
         else:
             del content['custom_imports']
-    for key in ('load_from', 'resume', 'work_dir', 'launcher'):
-        content.pop(key, None)
     return Config(content)
 
 
@@ -99,6 +103,13 @@ def _stock_model(value: Any, registry: Registry) -> Any:
             raise ValueError(f'{value} has no stock counterpart that a config could name')
         result = ours.stock_cfg(result)
     return result
+
+
+def _stock_optimizer(optim_wrapper: dict) -> None:
+    """Leave the stem's learning rate out: the stock model has a plain stem."""
+    if optim_wrapper.get('constructor') == OREPAOptimWrapperConstructor.__name__:
+        del optim_wrapper['constructor']
+        (optim_wrapper.get('paramwise_cfg') or {}).pop('stem_lr_mult', None)
 
 
 def _our_type(value: Any, registry: Registry) -> Any:

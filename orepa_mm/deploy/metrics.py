@@ -1,11 +1,18 @@
-"""Metrics with all their digits: MMDetection's `CocoMetric` rounds to three."""
+"""Metrics with all their digits.
+
+MMDetection's `CocoMetric` rounds to three, MMSegmentation's `IoUMetric` to two
+of a percentage.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from mmengine.runner import Runner
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -15,21 +22,27 @@ _NAMES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
 
 def tested_metrics(runner: Runner, folder: str | Path) -> dict[str, float]:
-    """Test, with COCO's statistics unrounded.
+    """Test, with the statistics of COCO and the IoUs of segmentation unrounded.
 
     Args:
         runner: A runner with a loaded model.
-        folder: Where the detections go, in COCO's result format.
+        folder: Where detections go, in COCO's result format.
 
     Returns:
-        Metrics by name, as `runner.test()` gives them.
+        Metrics by name, in the units of `runner.test()`: AP between 0 and 1,
+        IoU and accuracy in percent.
     """
-    evaluators = [metric for metric in runner.test_evaluator.metrics
-                  if type(metric).__name__ == 'CocoMetric']
-    for number, evaluator in enumerate(evaluators):
+    detection, segmentation = ([metric for metric in runner.test_evaluator.metrics
+                                if type(metric).__name__ == name]
+                               for name in ('CocoMetric', 'IoUMetric'))
+    for number, evaluator in enumerate(detection):
         evaluator.outfile_prefix = str(Path(folder) / f'results{number}')
-    metrics = dict(runner.test())
-    for evaluator in evaluators:
+    with contextlib.ExitStack() as stack:
+        exact_ious = [stack.enter_context(_unrounded(metric)) for metric in segmentation]
+        metrics = dict(runner.test())
+    for exact in exact_ious:
+        metrics.update({name: value for name, value in exact.items() if name in metrics})
+    for evaluator in detection:
         for kind in ('bbox', 'segm'):
             results = Path(f'{evaluator.outfile_prefix}.{kind}.json')
             names = [f'{evaluator.prefix}/{kind}_{name}' for name in _NAMES]
@@ -38,6 +51,25 @@ def tested_metrics(runner: Runner, folder: str | Path) -> dict[str, float]:
                                         evaluator.proposal_nums)
                 metrics.update(zip(names, exact))
     return metrics
+
+
+@contextlib.contextmanager
+def _unrounded(metric: Any) -> Iterator[dict[str, float]]:
+    """Note what an `IoUMetric` computes before it rounds, under the names that it gives."""
+    compute = metric.total_area_to_metrics
+    exact: dict[str, float] = {}
+
+    def compute_and_note(*args: Any, **kwargs: Any) -> dict:
+        values = compute(*args, **kwargs)
+        exact.update({name if name == 'aAcc' else f'm{name}': float(np.nanmean(value)) * 100
+                      for name, value in values.items()})
+        return values
+
+    metric.total_area_to_metrics = compute_and_note
+    try:
+        yield exact
+    finally:
+        del metric.total_area_to_metrics  # the class's own appears again
 
 
 def coco_statistics(truth: COCO, results: str | Path, kind: str, category_ids: list[int],

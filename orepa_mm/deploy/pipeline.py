@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..backbones.registration import PACKAGES
 from ..checkpoints import written_whole
 from ..engine import bare_model, build_test_runner
 from ..version import __version__
@@ -25,7 +26,7 @@ from .metrics import tested_metrics
 from .reparameterize import reparameterize
 from .verify import VerificationReport, exact_float32, verify
 
-#: Largest change of a metric (AP, mIoU and so on, between 0 and 1) that is let pass.
+#: Largest change of a metric (AP, mIoU, accuracy, as fractions of 1) that is let pass.
 METRIC_TOLERANCE = 1e-4
 FORMS = ('training', 'deployed')
 
@@ -78,6 +79,7 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str | Path, folder: str |
             'dataset_meta': getattr(before, 'dataset_meta', None)}
     report = {
         'checkpoint': str(checkpoint),
+        'package': PACKAGES.get(cfg.get('default_scope'), ('',))[0],
         'verification': verification.as_dict(),
         'largest_difference': {dtype: verification.largest(dtype).error
                                for dtype in ('float32', 'float64')},
@@ -186,8 +188,9 @@ def _require_equal(verification: VerificationReport) -> None:
 def _require_equal_metrics(metrics: dict[str, dict[str, float]]) -> None:
     for name, value in metrics['training'].items():
         deployed = metrics['deployed'].get(name, math.nan)
+        unit = 100 if max(value, deployed) > 1 else 1  # mIoU and accuracy are in percent
         # NaN in both: MMDetection's mark for a class without objects
-        if not (abs(value - deployed) <= METRIC_TOLERANCE
+        if not (abs(value - deployed) <= METRIC_TOLERANCE * unit
                 or (math.isnan(value) and math.isnan(deployed))):
             raise VerificationError(f'{name} is {value:.5f} in training form but {deployed:.5f} '
                                     'deployed: nothing was saved')

@@ -82,7 +82,7 @@ def verify(before: nn.Module, after: nn.Module, batches: Sequence[dict]) -> Veri
     pairs['float64'] = (_frozen(before, torch.float64), _frozen(after, torch.float64))
     with torch.no_grad(), exact_float32():
         for batch in batches:
-            proposals = _proposals(pairs['float32'][0], batch)
+            proposals = own_proposals(pairs['float32'][0], batch)
             for dtype, (one, other) in pairs.items():
                 expected = raw_outputs(one, batch, proposals)
                 found = raw_outputs(other, batch, proposals)
@@ -158,8 +158,13 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None) ->
     return _named_tensors(outputs)
 
 
-def _proposals(model: nn.Module, batch: dict) -> list | None:
-    """The proposals of a detector that selects them by score, None for every other model."""
+def own_proposals(model: nn.Module, batch: dict) -> list | None:
+    """The proposals of a detector that selects them by score, None for every other model.
+
+    Args:
+        model: In eval mode, float32.
+        batch: See `verify`.
+    """
     if not (getattr(model, 'with_rpn', False) and getattr(model, 'with_roi_head', False)):
         return None
     if not hasattr(model.rpn_head, 'rpn_cls'):  # learned queries, not a selection

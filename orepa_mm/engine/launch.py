@@ -29,8 +29,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file, or the name of one of orepa_mm')
     add = parser.add_argument
     add('--work-dir', help='folder for logs and results; work_dirs/<config name> by default')
-    add('--data-root', help='folder in COCO layout (annotations/instances_train2017.json, '
-        'train2017/, ...) to use instead of the one in the config; class names are read from it')
+    add('--data-root', help='folder in the layout of COCO, Cityscapes or ImageNet, as the config '
+        'expects, to use instead of the one in the config; class names are read from it')
     add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_dataloader.batch_size=4 '
         'or key="[(a,b),(c,d)]"')
@@ -143,9 +143,20 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         RuntimeError: If the config has no visualization hook.
     """
-    from mmdet.engine.hooks.utils import trigger_visualization_hook
-
-    trigger_visualization_hook(cfg, args)
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if not hook:
+        raise RuntimeError('to draw predictions, the config needs '
+                           'default_hooks.visualization, as the stock configs have')
+    scope = cfg.get('default_scope')
+    hook['enable' if scope == 'mmpretrain' else 'draw'] = True
+    if scope in ('mmpretrain', 'mmseg'):
+        hook['interval'] = 1  # these count images, MMDetection draws every one
+    if args.show:
+        hook.update(show=True, wait_time=args.wait_time)
+    if args.show_dir and scope == 'mmseg':
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook['out_dir' if scope == 'mmpretrain' else 'test_out_dir'] = args.show_dir
 
 
 def dump_predictions(runner: Runner, path: str) -> None:
@@ -180,7 +191,8 @@ def check_pretrained(cfg: Config) -> None:
                 f'{where}.init_cfg asks for the pretrained weights {path}, which is no file.\n'
                 'Make it from a checkpoint of the OREPA authors with\n'
                 f'  mim run orepa_mm convert_checkpoint AUTHORS_FILE {path}\n'
-                f'or train from scratch with\n  --cfg-options {where}.init_cfg=None '
+                'or take one that you trained with a config of configs/imagenet, or train from '
+                f'scratch with\n  --cfg-options {where}.init_cfg=None '
                 f'{where}.frozen_stages=-1 {where}.norm_eval=False')
 
 

@@ -1,0 +1,12 @@
+_base_ = 'orepa.py'
+
+reparam = dict(
+    backbone=dict(
+        type='OREPAResNet',
+        depth=101,
+        # ImageNet weights in training form, see docs/transfer.md
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='checkpoints/orepa-resnet101_in1k.pth',
+            prefix='backbone.')),
+    channels=[256, 512, 1024, 2048])

@@ -1,0 +1,18 @@
+_base_ = 'orepa.py'
+
+reparam = dict(
+    # its stem is no linear deep one
+    optim_wrapper=dict(paramwise_cfg=dict(stem_lr_mult=1.0)),
+    backbone=dict(
+        _delete_=True,
+        type='OREPARepVGG',
+        arch='A1',
+        out_indices=(0, 1, 2, 3),
+        frozen_stages=1,
+        norm_eval=True,
+        # ImageNet weights in training form, see docs/transfer.md
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='checkpoints/orepa-repvgg-A1_in1k.pth',
+            prefix='backbone.')),
+    channels=[64, 128, 256, 1280])

@@ -1,0 +1,10 @@
+# The light config, starting from pretrained weights: see docs/transfer.md.
+_base_ = 'faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
+
+model = dict(
+    backbone=dict(
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='checkpoints/orepa-resnet18-light_in1k.pth',
+            prefix='backbone.')))
+optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.1))

@@ -1,0 +1,32 @@
+# Trains from scratch in minutes on a CPU, with --data-root.
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/orepa-r18-light.py'
+]
+
+model = dict(
+    backbone=_base_.reparam.backbone,
+    neck=_base_.reparam.neck,
+    rpn_head=_base_.reparam.rpn_head,
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64),
+        bbox_head=dict(in_channels=64, fc_out_channels=256),
+        mask_roi_extractor=dict(out_channels=64),
+        mask_head=dict(in_channels=64, conv_out_channels=64)),
+    train_cfg=_base_.reparam.train_cfg_of_model,
+    test_cfg=_base_.reparam.test_cfg_of_model)
+train_dataloader = _base_.reparam.train_dataloader
+val_dataloader = _base_.reparam.val_dataloader
+test_dataloader = val_dataloader
+train_cfg = _base_.reparam.train_cfg
+optim_wrapper = _base_.reparam.optim_wrapper
+param_scheduler = _base_.reparam.param_scheduler
+default_hooks = _base_.reparam.default_hooks
+log_processor = _base_.reparam.log_processor
+randomness = dict(seed=0)
+
+for dataloader in (train_dataloader, val_dataloader):
+    for step in dataloader.dataset.pipeline:
+        if step.type == 'LoadAnnotations':
+            step.with_mask = True
+del dataloader, step

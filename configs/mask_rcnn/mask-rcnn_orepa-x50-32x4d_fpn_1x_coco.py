@@ -1,0 +1,4 @@
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '../_base_/orepa-x50-32x4d.py']
+
+model = dict(backbone=_base_.reparam.backbone)
+optim_wrapper = _base_.reparam.optim_wrapper
