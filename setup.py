@@ -56,8 +56,9 @@ setup(
     # Two stacks share their import names and must never be installed together,
     # so neither is a hard requirement. mmcv must be built for the torch at hand.
     extras_require={
-        'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.0.0,<2.2.0', 'mmdet>=3.3.0', 'openmim>=0.3.9',
-                      'setuptools<82'],
+        'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.0.0,<2.2.0', 'mmdet>=3.3.0',
+                      'mmsegmentation>=1.2.2', 'ftfy', 'regex', 'mmpretrain>=1.2.0',
+                      'openmim>=0.3.9', 'setuptools<82'],
         'test': ['pytest', 'ruff'],
     },
     cmdclass={'build_py': BuildPy, 'develop': Develop},

@@ -32,7 +32,7 @@ class Finding:
         name: What was looked at.
         detail: Its version, or what is wrong.
         remedy: What to do; empty if all is well.
-        required: Whether detectors cannot be trained without it.
+        required: Whether it must be put right before anything is trained.
     """
 
     name: str
@@ -144,28 +144,32 @@ def _mmcv_operators() -> Finding:
 
 
 def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:
-    required = module == 'mmdet'
     version = version_of(distribution) or version_of(
         {'mmdet': 'onedl-mmdetection'}.get(distribution, f'onedl-{distribution}'))
     if version is None:
         return Finding(module, 'not installed', f'run `make setup`, or `{_INSTALL[module]}` '
-                       f'(for {needed_for})', required)
+                       f'(for {needed_for})', required=False)
     problem = import_problem(f'{module}.models')
     return Finding(module, problem or version, problem and f'{needed_for} cannot be built: '
                    'run `make setup`, or reinstall it with the versions in '
-                   'requirements/constraints.txt', required)
+                   'requirements/constraints.txt')
 
 
 def _registered() -> Finding:
-    problem = next(filter(None, map(import_problem, (
-        'orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones.det'))), '')
     version = version_of('orepa_mm') or 'source tree'
-    return Finding('orepa_mm', problem or f'{version}, OREPAResNet and OREPAResNeXt registered',
-                   problem and 'solve the problems above')
+    problem = next(filter(None, map(import_problem, (
+        'orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones'))), '')
+    loaded = [package for package, module in (('mmdet', 'det'), ('mmseg', 'seg'),
+                                              ('mmpretrain', 'cls'))
+              if not problem and not import_problem(f'orepa_mm.backbones.{module}')]
+    if loaded:
+        return Finding('orepa_mm', f'{version}, backbones registered for {", ".join(loaded)}')
+    return Finding('orepa_mm', problem or f'{version}, but none of mmdet, mmseg and mmpretrain '
+                   'loads: there is nothing to register backbones for', 'solve the problems above')
 
 
 def main() -> int:
-    """Print the report; the exit code is 1 if detectors cannot be trained."""
+    """Print the report; the exit code is 1 if something is broken, or nothing can be trained."""
     findings = list(diagnose())
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -173,7 +177,7 @@ def main() -> int:
         if finding.remedy:
             print(f'{"":8} {"":{width}}  -> {finding.remedy}')
     failed = any(finding.remedy and finding.required for finding in findings)
-    print('Something is missing, see above.' if failed else 'Ready to train detectors.')
+    print('Something is missing, see above.' if failed else 'Ready to train.')
     return int(failed)
 
 

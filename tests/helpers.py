@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +29,15 @@ needs_golden = pytest.mark.skipif(
 
 def golden(name):
     return torch.load(GOLDEN / f'{name}.pt', weights_only=True)
+
+
+def run(*command, **kwargs):
+    """Run Python in the project's folder; what it printed."""
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                            text=True, **kwargs)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    return output
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def problems(monkeypatch, versions=None, imports=None):
 def test_this_environment_is_healthy(monkeypatch, capsys):
     assert problems(monkeypatch) == {}
     assert doctor.main() == 0
-    assert 'Ready to train detectors.' in capsys.readouterr().out
+    assert 'Ready to train.' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('versions', 'imports', 'name', 'text'), [
@@ -38,7 +38,8 @@ def test_this_environment_is_healthy(monkeypatch, capsys):
     ({}, {'mmdet.models': 'AssertionError: MMCV==2.2.0 is used'}, 'mmdet', 'cannot be built'),
     ({}, {'orepa_mm.checkpoints': "ModuleNotFoundError: No module named 'numpy._core'"},
      'orepa_mm', 'numpy._core'),
-    ({'mmdet': None, 'onedl-mmdetection': None}, {}, 'mmdet', 'pip install mmdet'),
+    ({}, {f'orepa_mm.backbones.{name}': 'ImportError' for name in ('det', 'seg', 'cls')},
+     'orepa_mm', 'none of mmdet, mmseg and mmpretrain'),
 ])
 def test_each_trap_is_recognised(monkeypatch, capsys, versions, imports, name, text):
     found = problems(monkeypatch, versions, imports)
@@ -47,9 +48,12 @@ def test_each_trap_is_recognised(monkeypatch, capsys, versions, imports, name, t
     assert 'PROBLEM' in capsys.readouterr().out
 
 
-def test_optional_packages_are_only_noted(monkeypatch):
-    found = problems(monkeypatch, {'mmsegmentation': None, 'onedl-mmsegmentation': None})
-    assert 'pip install mmsegmentation' in found['mmseg']
+@pytest.mark.parametrize(('distribution', 'fork', 'module'), [
+    ('mmdet', 'onedl-mmdetection', 'mmdet'), ('mmpretrain', 'onedl-mmpretrain', 'mmpretrain'),
+    ('mmsegmentation', 'onedl-mmsegmentation', 'mmseg')])
+def test_one_package_is_enough(monkeypatch, distribution, fork, module):
+    found = problems(monkeypatch, {distribution: None, fork: None})
+    assert f'pip install {distribution}' in found[module]
     assert doctor.main() == 0
 
 

@@ -1,7 +1,10 @@
 """Test a model, in training form or deployed, from any OpenMMLab config."""
 
 import argparse
+import sys
 
+from orepa_mm.checkpoints import CheckpointError
+from orepa_mm.datasets import DataRootError
 from orepa_mm.engine import (
     add_config_arguments,
     build_test_runner,
@@ -27,10 +30,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args)
-    if args.show or args.show_dir:
-        show_predictions(cfg, args)
-    runner = build_test_runner(cfg, args.checkpoint)
+    try:
+        cfg = load_config(args)
+        if args.show or args.show_dir:
+            show_predictions(cfg, args)
+        runner = build_test_runner(cfg, args.checkpoint)
+    except (CheckpointError, DataRootError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
     if args.out:
         dump_predictions(runner, args.out)
     runner.test()

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from orepa_mm.datasets import DataRootError
 from orepa_mm.engine import add_config_arguments, build_runner, check_pretrained, load_config
 
 
@@ -20,7 +21,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args)
+    try:
+        cfg = load_config(args)
+        check_pretrained(cfg)
+    except (DataRootError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
@@ -31,7 +36,6 @@ def main() -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    check_pretrained(cfg)
     build_runner(cfg).train()
 
 

@@ -3,7 +3,7 @@ _base_ = 'orepa-r18.py'
 
 reparam = dict(
     backbone=dict(base_channels=32, frozen_stages=-1, norm_eval=False, init_cfg=None),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    channels=[32, 64, 128, 256],
     rpn_head=dict(in_channels=64, feat_channels=64),
     train_cfg_of_model=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200),

@@ -6,7 +6,7 @@ _base_ = [
 
 model = dict(
     backbone=_base_.reparam.backbone,
-    neck=_base_.reparam.neck,
+    neck=dict(in_channels=_base_.reparam.channels, out_channels=64),
     rpn_head=_base_.reparam.rpn_head,
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64),

@@ -6,7 +6,7 @@ _base_ = [
 
 model = dict(
     backbone=_base_.reparam.backbone,
-    neck=_base_.reparam.neck,
+    neck=dict(in_channels=_base_.reparam.channels, out_channels=64),
     bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=2))
 train_dataloader = _base_.reparam.train_dataloader
 val_dataloader = _base_.reparam.val_dataloader

@@ -102,7 +102,7 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
         for parent in list(self.modules()):
             for name, block in list(parent.named_children()):
                 if isinstance(block, RepVGGBlock):
-                    _deploy(block)
+                    deploy_repvgg_block(block)
                     if block.se_layer is not None:
                         setattr(parent, name, _ExcitedBlock(block))
         super().switch_to_deploy()  # what else there may be: the pooling block of YOLOX-PAI
@@ -121,11 +121,14 @@ class _ExcitedBlock(nn.Module):
         return self.act(self.se_layer(self.branch_reparam(x)))
 
 
-def _deploy(block: RepVGGBlock) -> None:
-    """Fuse the branches by the stock block's own method, in float64.
+def deploy_repvgg_block(block: RepVGGBlock) -> None:
+    """Fuse the branches in place by the stock block's own method, in float64.
 
     As it is, that method would build OREPA layers anew, forget the training
     flag and `requires_grad`, and refuse SyncBN.
+
+    Args:
+        block: MMPretrain's, with or without OREPA layers in it.
     """
     if block.deploy:
         return

@@ -133,7 +133,7 @@ def make_shapes_imagenet(root: str | Path, train_images: int = 1200, val_images:
         for i in range(count):
             number, label = divmod(i, len(OBJECT_CLASSES))
             name = OBJECT_CLASSES[label]
-            files.append((name, root / split / name / f'{number + 1:06d}.png'))
+            files.append((name, root / split / name / f'{name}_{number + 1:06d}.png'))
     _require_no_others((root / 'train', root / 'val'), (path for _, path in files))
     generator = np.random.default_rng(seed)
     for name, path in files:

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from mmengine.runner import Runner
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 #: Names that `CocoMetric` gives to the first entries of COCOeval's statistics.
 _NAMES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
@@ -72,12 +70,12 @@ def _unrounded(metric: Any) -> Iterator[dict[str, float]]:
         del metric.total_area_to_metrics  # the class's own appears again
 
 
-def coco_statistics(truth: COCO, results: str | Path, kind: str, category_ids: list[int],
+def coco_statistics(truth: Any, results: str | Path, kind: str, category_ids: list[int],
                     max_detections: list[int]) -> list[float]:
     """COCO's twelve statistics of a result file, by pycocotools.
 
     Args:
-        truth: The annotations.
+        truth: The annotations, a `pycocotools.coco.COCO`.
         results: Result file in COCO format, not empty.
         kind: `bbox` or `segm`.
         category_ids: Categories to evaluate.
@@ -86,6 +84,8 @@ def coco_statistics(truth: COCO, results: str | Path, kind: str, category_ids: l
     Returns:
         `COCOeval.stats`.
     """
+    from pycocotools.cocoeval import COCOeval  # comes with MMDetection, which needs it
+
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(str(results)), kind)
         evaluation.params.catIds = category_ids

@@ -32,7 +32,7 @@ def keep_classes(data, names):
 
 def test_data_sets_and_head(cfg, data, build_datasets):
     (data / 'meta').mkdir()  # ImageNet would read its list of images
-    (data / 'meta' / 'train.txt').write_text('star_plain/000001.png 0\n')
+    (data / 'meta' / 'train.txt').write_text('star_plain/star_plain_000001.png 0\n')
     apply_data_root(cfg, data)
     datasets = build_datasets(cfg)
     assert [len(dataset) for dataset in datasets] == [24, 12, 12]
@@ -124,7 +124,7 @@ def test_other_classes_to_validate(cfg, data):
 
 
 def test_classes_without_images(cfg, data):
-    (data / 'val' / 'star_plain' / '000001.png').unlink()
+    (data / 'val' / 'star_plain' / 'star_plain_000001.png').unlink()
     apply_data_root(cfg, data)  # nothing to validate of a rare class: may be
     for path in (data / 'train' / 'star_plain').iterdir():
         path.rename(path.with_suffix('.txt'))

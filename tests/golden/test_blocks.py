@@ -3,11 +3,13 @@
 import pytest
 import torch
 from helpers import golden, needs_golden, relative_error
+from mmpretrain.models.backbones.repvgg import RepVGGBlock
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from orepa_mm.backbones.cls import deploy_repvgg_block
 from orepa_mm.checkpoints import convert_official_block
-from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from orepa_mm.layers import DBBConv2d, OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 
 pytestmark = needs_golden
 
@@ -61,3 +63,68 @@ def test_train_output_and_every_gradient(name):
     assert found.keys() == record['grads'].keys()
     for parameter, expected in record['grads'].items():
         assert relative_error(found[parameter], expected) < TOLERANCE, parameter
+
+
+# --- blocks that hold their BN themselves: RepVGG and DBB ------------------------------
+
+OWN_BN = ['block_repvgg_orepa_identity', 'block_repvgg_orepa_s2', 'block_repvgg_base_identity',
+          'block_dbb_3x3', 'block_dbb_3x3_g2']
+#: The authors' names of a RepVGG block and MMPretrain's, longer ones first.
+REPVGG_NAMES = (('rbr_dense.bn.', 'branch_3x3.norm.'), ('rbr_dense.conv.', 'branch_3x3.conv.'),
+                ('rbr_dense.', 'branch_3x3.conv.'), ('rbr_1x1.bn.', 'branch_1x1.norm.'),
+                ('rbr_1x1.conv.', 'branch_1x1.conv.'), ('rbr_identity.', 'branch_norm.'))
+
+
+def renamed(name, key):
+    if 'repvgg' not in name:
+        return key
+    theirs, ours = next(pair for pair in REPVGG_NAMES if key.startswith(pair[0]))
+    return ours + key.removeprefix(theirs)
+
+
+def build_own_bn(name):
+    """The block in float64 with the golden weights, by our or the stock package's class."""
+    record = golden(name)
+    meta = record['meta']
+    sizes = (meta['in_channels'], meta['out_channels'])
+    if 'repvgg' in name:
+        conv_cfg = dict(type='OREPA', block='repvgg', pointwise=False)
+        block = RepVGGBlock(*sizes, stride=meta['stride'], groups=meta['groups'],
+                            conv_cfg=conv_cfg if 'orepa' in name else None)
+    else:
+        block = DBBConv2d(*sizes, 3, meta['stride'], meta['padding'], groups=meta['groups'],
+                          bias=False)
+    block.load_state_dict({renamed(name, key): value
+                           for key, value in record['state_dict'].items()}, strict=True)
+    return block.double(), record
+
+
+@pytest.mark.parametrize('name', OWN_BN)
+def test_own_bn_eval_output_and_equivalent_convolution(name):
+    block, record = build_own_bn(name)
+    block.eval()
+    with torch.no_grad():
+        assert relative_error(block(record['x'].double()), record['y_eval']) < TOLERANCE
+        if 'repvgg' in name:
+            deploy_repvgg_block(block)
+            conv = block.branch_reparam
+            assert relative_error(block(record['x'].double()), record['y_eval']) < TOLERANCE
+        else:
+            conv = block.to_conv2d()
+    assert relative_error(conv.weight, record['kernel']) < TOLERANCE
+    assert relative_error(conv.bias, record['bias']) < TOLERANCE
+
+
+@pytest.mark.parametrize('name', OWN_BN)
+def test_own_bn_train_output_and_every_gradient(name):
+    block, record = build_own_bn(name)
+    x = record['x'].double().requires_grad_()
+    y = block.train()(x)
+    assert relative_error(y, record['y_train']) < TOLERANCE
+    (y * record['grad_output']).sum().backward()
+    assert relative_error(x.grad, record['grad_x']) < TOLERANCE
+    found = {key: p.grad for key, p in block.named_parameters()}
+    expected = {renamed(name, key): grad for key, grad in record['grads'].items()}
+    assert found.keys() == expected.keys()
+    for key, grad in expected.items():
+        assert relative_error(found[key], grad) < TOLERANCE, key

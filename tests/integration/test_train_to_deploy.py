@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run
 
 from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.datasets import make_shapes_coco
@@ -22,14 +22,6 @@ train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
 custom_hooks = [dict(type='EMAHook', momentum=0.5)]
 '''
-
-
-def run(*command, **kwargs):
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
-                            text=True, **kwargs)
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-4000:]
-    return output
 
 
 @pytest.fixture(scope='module')
