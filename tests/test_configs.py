@@ -1,5 +1,7 @@
 """Every config of the project, by being there."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -43,6 +45,14 @@ def test_metafiles_list_every_config():
         str(path.relative_to(ROOT)) for path in CONFIGS]
     assert all(ROOT.joinpath(model['Config']).stem == model['Name'] for model in models)
     assert not any('Weights' in model for model in models)  # there are none to link to
+
+
+def test_readme_links_every_config_and_no_dead_ones():
+    for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
+        links = set(re.findall(r'\]\(([^)#:]+)[^):]*\)', page.read_text()))
+        assert all((page.parent / link).exists() for link in links), page
+        if page.name == 'README.md':
+            assert {str(path.relative_to(ROOT)) for path in CONFIGS} <= links
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -90,12 +100,13 @@ def test_trains_and_deploys_to_the_same_function(path):
     with torch.no_grad():
         batch = model.data_preprocessor(data, False)
         proposals = own_proposals(model, batch)
+        model.double()  # exact: rounding grows in a network at random weights
         expected = raw_outputs(model, batch, proposals)
         found = raw_outputs(reparameterize(model, inplace=True), batch, proposals)
     assert found.keys() == expected.keys()
     assert len(expected) > len([name for name in expected if name.startswith('features')]) > 0
     for name, tensor in expected.items():
-        assert relative_error(found[name], tensor) < 1e-4, name
+        assert relative_error(found[name], tensor) < 1e-8, name
 
 
 @torch.no_grad()
