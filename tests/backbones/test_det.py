@@ -182,15 +182,6 @@ def test_sync_batchnorm_conversion_leaves_the_kernels():
                 assert relative_error(one, other) < 1e-4
 
 
-def test_checkpoint_of_the_other_form_is_refused():
-    training = OREPAResNet(**NARROW)
-    deployed = OREPAResNet(**NARROW, deploy=True)
-    with pytest.raises(RuntimeError, match=r'training form.*plain convolution'):
-        training.load_state_dict(deployed.state_dict(), strict=False)
-    with pytest.raises(RuntimeError, match='deploy form'):
-        deployed.load_state_dict(training.state_dict(), strict=False)
-
-
 def test_stock_classes_are_untouched():
     assert type(MODELS.build(dict(type='ResNet', **NARROW))) is ResNet
     assert MODELS.get('ResNeXt') is ResNeXt

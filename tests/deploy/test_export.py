@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import randomize, relative_error
+from helpers import randomize, relative_error, run
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -58,3 +58,48 @@ def test_what_no_stock_config_can_name_is_an_error():
     model['bbox_head']['some_layer'] = dict(type='OREPA')
     with pytest.raises(ValueError, match='no stock counterpart'):
         deploy_config(Config(dict(model=model)))
+
+
+OTHERS = {
+    'repvgg': dict(
+        type='OREPARepVGG', out_indices=(0, 1, 2, 3), arch=dict(
+            num_blocks=[1, 1, 1, 1], width_factor=[0.125] * 4, group_layer_map=None,
+            se_cfg=None)),
+    'dbb': dict(type='DBBResNet', depth=18, base_channels=8),
+}
+STOCK = '''
+import sys
+sys.modules['orepa_mm'] = None
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+init_default_scope('mmdet')
+folder = sys.argv[1]
+model = MODELS.build(Config.fromfile(f'{folder}/config.py').model)
+model.load_state_dict(torch.load(f'{folder}/model.pth')['state_dict'], strict=True)
+model.eval()
+torch.save(model.extract_feat(torch.load(f'{folder}/x.pth')), f'{folder}/features.pth')
+'''
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_exported_where_orepa_mm_cannot_be_imported(name, tmp_path):
+    """RepVGG is mmpretrain's, found by its scope; a DBB ResNet is a ResNet."""
+    cfg = copy.deepcopy(MODEL)
+    cfg['backbone'] = OTHERS[name]
+    for part in ('neck', 'bbox_head'):
+        cfg[part].pop('conv_cfg')
+    cfg = Config(dict(model=cfg, optim_wrapper=dict(
+        constructor='OREPAOptimWrapperConstructor', paramwise_cfg=dict(stem_lr_mult=0.1)),
+        reparam=dict(backbone=dict(type='DBBResNet'))))
+    stock = deploy_config(cfg)
+    assert stock.optim_wrapper == dict(paramwise_cfg={})
+    assert 'reparam' not in stock
+    model = randomize(MODELS.build(cfg.model)).eval()
+    save_deployed(reparameterize(model), stock, tmp_path, {})
+    x = torch.randn(1, 3, 64, 64)
+    torch.save(x, tmp_path / 'x.pth')
+    run('-c', STOCK, tmp_path)
+    with torch.no_grad():
+        for one, other in zip(torch.load(tmp_path / 'features.pth'), model.extract_feat(x)):
+            assert relative_error(one, other) < 1e-4
