@@ -35,9 +35,7 @@ reparam = dict(
         _delete_=True, type='IterBasedTrainLoop', max_iters=400, val_interval=100),
     optim_wrapper=dict(
         optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
-        clip_grad=dict(max_norm=10),
-        # from scratch the stem learns like everything else
-        paramwise_cfg=dict(stem_lr_mult=1.0)),
+        clip_grad=dict(max_norm=10)),
     param_scheduler=[
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
         # down to zero at the last iteration, whichever train_cfg.max_iters says

@@ -1,8 +1,6 @@
 _base_ = 'orepa.py'
 
 reparam = dict(
-    # its stem is no linear deep one
-    optim_wrapper=dict(paramwise_cfg=dict(stem_lr_mult=1.0)),
     backbone=dict(
         _delete_=True,
         type='OREPARepVGG',

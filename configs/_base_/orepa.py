@@ -8,4 +8,4 @@ reparam = dict(
     optim_wrapper=dict(
         constructor='OREPAOptimWrapperConstructor',
         paramwise_cfg=dict(
-            stem_lr_mult=0.1, norm_decay_mult=0.0, bias_decay_mult=0.0)))
+            stem_lr_mult=1.0, norm_decay_mult=0.0, bias_decay_mult=0.0)))

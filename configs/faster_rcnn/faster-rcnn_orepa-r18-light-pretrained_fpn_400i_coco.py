@@ -8,4 +8,3 @@ model = dict(
             type='Pretrained',
             checkpoint='checkpoints/orepa-resnet18-light_in1k.pth',
             prefix='backbone.')))
-optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.1))

@@ -1,5 +1,7 @@
 """Every registered backbone deploys to the stock network, with every option of it."""
 
+import copy
+
 import pytest
 import torch
 from helpers import randomize, relative_error
@@ -132,6 +134,14 @@ def test_switch_to_deploy_keeps_flags_and_can_be_called_twice(name):
         for one, other in zip(again(images), expected):
             assert relative_error(one, other) < 1e-10
     reparameterize(nn.Sequential(backbone))  # converted before: no error
+
+
+def test_repvgg_is_fused_in_float64():
+    """Each float32 kernel is the exact one, rounded once."""
+    backbone = randomize(MODELS.build(CASES['repvgg'])).eval()
+    exact = reparameterize(copy.deepcopy(backbone).double()).state_dict()
+    for key, value in reparameterize(backbone).state_dict().items():
+        assert torch.equal(value, exact[key].float()), key
 
 
 def test_squeeze_and_excite_is_not_exported_without_it():

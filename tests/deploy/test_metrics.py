@@ -31,7 +31,8 @@ def test_half_of_the_objects_found(tmp_path):
 
 @pytest.mark.parametrize(('training', 'deployed', 'equal'), [
     (0.5, 0.5, True), (0.5, 0.50009, True), (0.5, 0.5002, False), (0.5, 0.4998, False),
-    (math.nan, math.nan, True), (0.5, math.nan, False), (math.nan, 0.5, False)])
+    (math.nan, math.nan, True), (0.5, math.nan, False), (math.nan, 0.5, False),
+    (75.0, 75.009, True), (75.0, 75.02, False), (75.0, 74.98, False)])  # in percent
 def test_a_metric_may_move_by_a_ten_thousandth(training, deployed, equal):
     metrics = {'training': {'AP': training}, 'deployed': {'AP': deployed}}
     if equal:
