@@ -57,6 +57,7 @@ class DBBResNet(DBBMixin, ResNet):
 
 
 @ROOT_MODELS.register_module()
+@MODELS.register_module()  # for `mmpretrain.OREPARepVGG` in a config of MMPretrain
 class OREPARepVGG(ReparamBackboneMixin, RepVGG):
     """MMPretrain's `RepVGG` whose 3 x 3 convolutions are OREPA blocks.
 

@@ -17,8 +17,9 @@ def test_the_scope_of_the_config_decides(package):
     scope = DefaultScope.get_instance(f'test {package}', scope_name=package)
     with DefaultScope.overwrite_default_scope(scope.scope_name):
         for name in PACKAGES[package][2]:
-            backbone = MODELS.get(f'{package}.{name}') if name != 'OREPARepVGG' else (
-                MODELS.get(name))
+            with MODELS.switch_scope_and_registry(None) as registry:
+                backbone = registry.get(f'{package}.{name}')
+            assert registry.scope == package
             assert backbone.__name__ == name
             stock = MODELS.get(backbone.stock_type if '.' in backbone.stock_type
                                else f'{package}.{backbone.stock_type}')

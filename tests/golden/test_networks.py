@@ -84,7 +84,8 @@ def test_official_checkpoint_covers_the_backbone(name):
     weights = backbone_weights(converted)
     assert len(weights) + 2 == len(converted)
     recognized = recognize_architecture(converted).backbone
-    builds = [lambda: mmpretrain.registry.MODELS.build(recognized)]
+    builds = [lambda: mmpretrain.registry.MODELS.build(
+        {**recognized, 'type': f'mmpretrain.{recognized["type"]}'})]
     if name in OFFICIAL:
         builds.append(lambda: MODELS.build(OFFICIAL[name]))
     for build in builds:
