@@ -1,7 +1,8 @@
 """OREPA (Online Convolutional Re-parameterization, CVPR 2022) for OpenMMLab.
 
-Importing the package registers its conv layer types, backbones and optimizer
-constructor, and lets the runner's own checkpoints pass PyTorch's safe loading. A missing or broken
+Importing the package registers its conv layer types, backbones, optimizer
+constructor and hook; it lets the runner's own checkpoints pass PyTorch's safe
+loading, and MMEngine refuse a checkpoint of the other form. A missing or broken
 dependency is named in a warning, so that `python -m orepa_mm.doctor`, which
 says what to do, always starts.
 """
@@ -17,7 +18,7 @@ __all__ = ['__version__']
 def _register() -> None:
     failures = []
     for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones',
-                   'orepa_mm.engine.optimizer'):
+                   'orepa_mm.engine.optimizer', 'orepa_mm.deploy.fold'):
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises

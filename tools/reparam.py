@@ -4,47 +4,65 @@ import argparse
 import sys
 from pathlib import Path
 
+from mmengine.dist import is_main_process
+
 from orepa_mm.checkpoints import CheckpointError
 from orepa_mm.datasets import DataRootError
 from orepa_mm.deploy import (
+    DEPLOYED_FORMS,
     NothingToConvertError,
     VerificationError,
     print_report,
     reparameterize_checkpoint,
 )
-from orepa_mm.engine import add_config_arguments, load_config
+from orepa_mm.engine import ConfigError, add_config_arguments, load_config
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file in training form')
-    parser.add_argument('--out', help='folder for model.pth, config.py and report.json; '
-                        '"deployed" beside the checkpoint by default')
-    parser.add_argument('--skip-test', action='store_true',
-                        help='compare raw outputs only, do not test on the whole test set')
-    parser.add_argument('--num-images', type=int, default=4,
-                        help='test images on which raw outputs are compared')
-    parser.add_argument('--latency-rounds', type=int, default=20,
-                        help='timed forward passes of each form')
-    return parser.parse_args()
+    add = parser.add_argument
+    add('checkpoint', help='checkpoint file in training form')
+    add('--out', metavar='DIR', help='folder for model.pth, config.py and report.json; "deployed" '
+        'beside the checkpoint by default')
+    add('--form', choices=DEPLOYED_FORMS, default='plain',
+        help='plain: the stock model, works without orepa_mm; folded: BN folded as well, loads '
+        'where orepa_mm is installed')
+    add('--onnx', action='store_true',
+        help='write ONNX too, compared with PyTorch in ONNX Runtime')
+    add('--safetensors', action='store_true', help='write model.safetensors too')
+    add('--skip-test', action='store_true',
+        help='compare raw outputs only, do not test on the whole test set')
+    add('--save-unverified', action='store_true',
+        help='save even if the two forms differ; the checkpoint says so')
+    add('--tta', action='store_true', help='test with test-time augmentation, as the config says; '
+        'flipped images if it says nothing')
+    add('--show-dir', help="draw the deployed form's predictions into this folder")
+    add('--num-images', type=int, default=4, help='test images on which raw outputs are compared')
+    add('--latency-rounds', type=int, default=20, help='timed forward passes of each form')
+    args = parser.parse_args()
+    if args.skip_test and (args.tta or args.show_dir):
+        parser.error('--skip-test leaves nothing for --tta and --show-dir to do')
+    if args.num_images < 1 or args.latency_rounds < 1:
+        parser.error('--num-images and --latency-rounds must be 1 at least')
+    return args
 
 
 def main() -> int:
     args = parse_args()
     out = Path(args.out) if args.out else Path(args.checkpoint).parent / 'deployed'
     try:
-        report = reparameterize_checkpoint(load_config(args), args.checkpoint, out,
-                                           not args.skip_test, args.num_images,
-                                           args.latency_rounds)
-    except (CheckpointError, DataRootError, NothingToConvertError, VerificationError,
-            FileNotFoundError, FileExistsError) as error:
+        report = reparameterize_checkpoint(
+            load_config(args), args.checkpoint, out, form=args.form, test=not args.skip_test,
+            onnx=args.onnx, safetensors=args.safetensors, save_unverified=args.save_unverified,
+            tta=args.tta, show_dir=args.show_dir, num_images=args.num_images,
+            latency_rounds=args.latency_rounds)
+    except (CheckpointError, ConfigError, DataRootError, NothingToConvertError,
+            VerificationError, ImportError, FileNotFoundError, FileExistsError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
-    print_report(report)
-    print(f'saved {out / "model.pth"} and {out / "config.py"}: the stock model, which tests '
-          f'without orepa_mm:\n  mim test {report["package"]} {out / "config.py"} --checkpoint '
-          f'{out / "model.pth"}')
+    if is_main_process():
+        print_report(report, out)
     return 0
 
 

@@ -6,11 +6,13 @@ import sys
 from orepa_mm.checkpoints import CheckpointError
 from orepa_mm.datasets import DataRootError
 from orepa_mm.engine import (
+    ConfigError,
     add_config_arguments,
     build_test_runner,
     dump_predictions,
     load_config,
     show_predictions,
+    with_tta,
 )
 
 
@@ -21,6 +23,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', help='draw the predictions into this folder')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation, as the config '
+                        'says; flipped images if it says nothing')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds per shown image')
     args = parser.parse_args()
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
@@ -33,9 +37,11 @@ def main() -> None:
     try:
         cfg = load_config(args)
         if args.show or args.show_dir:
-            show_predictions(cfg, args)
+            show_predictions(cfg, args.show_dir, args.show, args.wait_time)
+        if args.tta:
+            cfg = with_tta(cfg)
         runner = build_test_runner(cfg, args.checkpoint)
-    except (CheckpointError, DataRootError, FileNotFoundError) as error:
+    except (CheckpointError, ConfigError, DataRootError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
     if args.out:
         dump_predictions(runner, args.out)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import nn
 
 from ..checkpoints import load_pretrained
-from ..layers import DBBConv2d, replace_with_conv2d
+from ..layers import DBBConv2d, adjacent_children, replace_with_conv2d
 
 
 class ReparamBackboneMixin:
@@ -146,7 +144,7 @@ class DBBMixin(ResNetMixin):
         norm_cfg = norm_cfg or {'type': 'BN', 'requires_grad': True}
         super().__init__(*args, conv_cfg={'norm_cfg': norm_cfg, **(conv_cfg or {})},
                          norm_cfg=norm_cfg, **kwargs)
-        for parent, conv, name, norm in _convs_and_norms(self):
+        for parent, _, conv, name, norm in adjacent_children(self):
             if isinstance(conv, DBBConv2d) and isinstance(norm, _BatchNorm):
                 parent._modules[name] = nn.Identity()
 
@@ -158,7 +156,7 @@ class DBBMixin(ResNetMixin):
         else. A second call does nothing.
         """
         super().switch_to_deploy()
-        for parent, conv, name, norm in _convs_and_norms(self):
+        for parent, _, conv, name, norm in adjacent_children(self):
             if getattr(conv, 'reparameterized', False) and type(norm) is nn.Identity:
                 parent._modules[name] = _bias_as_norm(conv, self.norm_cfg)
 
@@ -171,16 +169,6 @@ def _replace_convs(block: nn.Module, conv_cfg: dict) -> None:
                 conv_cfg, conv.in_channels, conv.out_channels, conv.kernel_size,
                 stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
                 groups=conv.groups, bias=conv.bias is not None))
-
-
-def _convs_and_norms(model: nn.Module
-                     ) -> Iterator[tuple[nn.Module, nn.Module, str, nn.Module]]:
-    """(parent, child, name of the next child, next child): a BN follows its convolution."""
-    for parent in list(model.modules()):
-        if not isinstance(parent, DBBConv2d):
-            children = list(parent.named_children())
-            for (_, conv), (name, norm) in pairwise(children):
-                yield parent, conv, name, norm
 
 
 @torch.no_grad()

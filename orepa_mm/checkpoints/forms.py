@@ -16,6 +16,24 @@ _DETECTOR_PARTS = frozenset({'neck', 'bbox_head', 'rpn_head', 'roi_head', 'mask_
 _SEGMENTOR_PARTS = frozenset({'decode_head', 'auxiliary_head'})
 
 
+def is_branch_key(key: str) -> bool:
+    """Whether only a training form has this key: a branch, or its scaling vectors.
+
+    Args:
+        key: Of a state dict.
+    """
+    return bool(_BRANCH.search(key) or _DBB.search(key))
+
+
+def is_in_authors_names(keys: Collection[str]) -> bool:
+    """Whether these are keys of a network in training form as the authors' code names them.
+
+    Args:
+        keys: Of a state dict, without the prefix `module.`.
+    """
+    return any(map(_BRANCH.search, keys)) and any(re.match(r'stage\d\.', key) for key in keys)
+
+
 def training_form_of(keys: Collection[str]) -> str:
     """Tell the authors' training form of a classifier from ours, and both from all else.
 
@@ -46,7 +64,7 @@ def training_form_of(keys: Collection[str]) -> str:
             if 'head' not in parts:
                 _refuse_other_tasks(parts)
             return 'ours'
-        if any(re.match(r'stage\d\.', key) for key in keys):
+        if is_in_authors_names(keys):
             return 'authors'
         raise CheckpointError(
             'this has OREPA blocks in training form, but is no image classifier: neither with '

@@ -1,4 +1,4 @@
-"""Read checkpoints safely, load them strictly, write files whole or not at all."""
+"""Read checkpoints safely, write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class CheckpointError(ValueError):
@@ -71,64 +69,6 @@ def model_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     if all(key.startswith('module.') for key in state):
         state = {key.removeprefix('module.'): value for key, value in state.items()}
     return state
-
-
-def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint into a model, strictly.
-
-    Args:
-        model: The model; nothing in it is left at its initial value.
-        path: A local checkpoint file.
-
-    Returns:
-        The whole checkpoint, for its `meta`.
-
-    Raises:
-        CheckpointError: If a key is missing or unknown, or a shape differs.
-    """
-    checkpoint = load_checkpoint(path)
-    try:
-        model.load_state_dict(model_state_dict(checkpoint), strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f'{path} does not belong to this model. {error}') from error
-    return checkpoint
-
-
-def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -> None:
-    """Load pretrained weights into a part of a model; nothing may stay at its random value.
-
-    MMEngine alone would only warn of missing or misshapen weights.
-
-    Args:
-        module: For example a backbone.
-        source: As of `init_cfg=dict(type='Pretrained', checkpoint=...)`: a local
-            file, or an address that MMEngine's loader knows.
-        prefix: Only keys that begin with it are taken, without it.
-
-    Raises:
-        CheckpointError: If a key of the module is missing, or a shape differs.
-    """
-    if '://' in source:
-        checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
-    else:
-        checkpoint = load_checkpoint(source)
-    state = model_state_dict(checkpoint)
-    if prefix:
-        prefix = prefix.rstrip('.') + '.'
-        state = {key.removeprefix(prefix): value for key, value in state.items()
-                 if key.startswith(prefix)}
-        if not state:
-            raise CheckpointError(f'{source} has no key that begins with {prefix}')
-    try:
-        result = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f'{source} does not fit {type(module).__name__}. {error}') from error
-    if result.missing_keys:
-        raise CheckpointError(
-            f'{source} does not fit {type(module).__name__}: it has no '
-            f'{", ".join(result.missing_keys[:5])} ({len(result.missing_keys)} keys in all)')
-    if result.unexpected_keys:
-        print_log(f'{source}: not used are {", ".join(result.unexpected_keys)}', 'current')
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ..version import __version__
 from .reparameterize import reparameterize
 
 #: What a checkpoint can be converted to, and the name of the result in its `meta`.
-CONVERTED_FORMS = {'training': 'training', 'deploy': 'deployed', 'torchvision': 'torchvision'}
+CONVERTED_FORMS = {'training': 'training', 'deploy': 'plain', 'torchvision': 'torchvision'}
 #: The packages whose backbones are tried, in this order; one of them has RepVGG.
 _PACKAGES = ('mmpretrain', 'mmdet', 'mmseg')
 

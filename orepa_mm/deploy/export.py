@@ -1,9 +1,10 @@
-"""Write a re-parameterized model as a checkpoint and a config of the stock model."""
+"""Write a re-parameterized model as a checkpoint and a config."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,46 @@ from mmengine.registry import DefaultScope, Registry
 from torch import nn
 
 from ..checkpoints import written_whole
+from ..engine import ConfigError
 from ..engine.optimizer import OREPAOptimWrapperConstructor
 from .reparameterize import is_training_form
 
+#: Plain: the stock model. Folded: BN folded into the convolutions as well.
+DEPLOYED_FORMS = ('plain', 'folded')
 _PACKAGE = __name__.partition('.')[0]
 #: Settings that belong to a run; `reparam` holds what our configs picked from.
 _TRAINING_ONLY = ('load_from', 'resume', 'work_dir', 'launcher', 'reparam')
 
 
-def deploy_config(cfg: Config) -> Config:
-    """The config of the stock model, which needs nothing of this package.
+def deploy_config(cfg: Config, form: str = 'plain') -> Config:
+    """The config of a re-parameterized model.
 
     Args:
         cfg: A config with OREPA backbones or OREPA conv layers; its scope's
             modules must be imported.
+        form: `plain`, the stock model, whose config needs nothing of this
+            package; `folded`, the stock model without BN, which this package
+            builds (`BNFolded`).
 
     Returns:
         A new config: stock backbone types, no OREPA `conv_cfg`, no pretrained
-        weights, no import of this package.
+        weights; of the plain form, no import of this package.
 
     Raises:
-        ValueError: If something of this package stands where no stock type can.
+        ConfigError: If something of this package stands where no stock type
+            can, or there is no such form.
     """
+    if form not in DEPLOYED_FORMS:
+        raise ConfigError(f'there is no form {form!r}, only {", ".join(DEPLOYED_FORMS)}')
     content = copy.deepcopy(cfg.to_dict())
     for key in _TRAINING_ONLY:
         content.pop(key, None)
     _stock_optimizer(content.get('optim_wrapper') or {})
     registry = _model_registry()
-    content['model'] = _stock_model(content['model'], registry)
+    try:
+        content['model'] = _stock_model(content['model'], registry)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     imports = content.get('custom_imports')
     if imports:
         names = imports['imports']
@@ -50,11 +63,17 @@ def deploy_config(cfg: Config) -> Config:
             imports['imports'] = kept
         else:
             del content['custom_imports']
+    if form == 'folded':
+        content['model'] = {**content['model'], 'type': 'BNFolded',
+                            'model_type': content['model']['type']}
+        imports = content.setdefault('custom_imports', dict(imports=[]))
+        imports['imports'] = [*imports['imports'], _PACKAGE]
+        imports['allow_failed_imports'] = False
     return Config(content)
 
 
 def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
-                  meta: Mapping[str, Any]) -> tuple[Path, Path]:
+                  meta: Mapping[str, Any], safetensors: bool = False) -> list[Path]:
     """Write `model.pth` and `config.py`; the checkpoint holds tensors and plain types only.
 
     Args:
@@ -62,12 +81,15 @@ def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
         cfg: From `deploy_config`.
         folder: Where to write; created if it is missing.
         meta: Plain types, stored under `meta`.
+        safetensors: Write the weights as `model.safetensors` as well, the meta
+            as JSON in its metadata, under `meta`.
 
     Returns:
-        Paths of the checkpoint and of the config.
+        Paths of the checkpoint, of the config, and of what else was written.
 
     Raises:
         ValueError: If the model is in training form.
+        ImportError: If safetensors is asked for and missing.
     """
     if is_training_form(model):
         raise ValueError('the model is in training form: re-parameterize it before saving')
@@ -77,7 +99,28 @@ def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
         torch.save({'meta': dict(meta), 'state_dict': state}, path)
     with written_whole(folder / 'config.py') as path:
         cfg.dump(str(path))
-    return folder / 'model.pth', folder / 'config.py'
+    written = [folder / 'model.pth', folder / 'config.py']
+    if safetensors:
+        save_file = require_safetensors()
+        # the format knows no tensors that share memory
+        with written_whole(folder / 'model.safetensors') as path:
+            save_file({key: value.contiguous().clone() for key, value in state.items()},
+                      str(path), {'format': 'pt', 'meta': json.dumps(dict(meta))})
+        written.append(folder / 'model.safetensors')
+    return written
+
+
+def require_safetensors() -> Callable[..., None]:
+    """The function of safetensors that writes a file.
+
+    Raises:
+        ImportError: If safetensors is not installed; it says what to do.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError('to write safetensors, install it: pip install safetensors') from error
+    return save_file
 
 
 def _model_registry() -> Registry:

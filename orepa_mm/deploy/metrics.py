@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mmengine.runner import Runner
 
+#: Largest change of a metric (AP, mIoU, accuracy, as fractions of 1) that is let pass.
+METRIC_TOLERANCE = 1e-4
 #: Names that `CocoMetric` gives to the first entries of COCOeval's statistics.
 _NAMES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
@@ -49,6 +52,29 @@ def tested_metrics(runner: Runner, folder: str | Path) -> dict[str, float]:
                                         evaluator.proposal_nums)
                 metrics.update(zip(names, exact))
     return metrics
+
+
+def changed_metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Metrics that moved by more than the tolerance.
+
+    Args:
+        metrics: Of both forms, under `training` and `deployed`, from
+            `tested_metrics`.
+
+    Returns:
+        One line each: its name, both values, and by how much it moved.
+    """
+    moved = []
+    for name, value in metrics['training'].items():
+        deployed = metrics['deployed'].get(name, math.nan)
+        unit = 100 if max(value, deployed) > 1 else 1  # mIoU and accuracy are in percent
+        # NaN in both: MMDetection's mark for a class without objects
+        if not (abs(value - deployed) <= METRIC_TOLERANCE * unit
+                or (math.isnan(value) and math.isnan(deployed))):
+            moved.append(f'{name} is {value:.5f} in training form but {deployed:.5f} deployed: it '
+                         f'moved by {abs(value - deployed):.2e}, allowed is '
+                         f'{METRIC_TOLERANCE * unit:.0e}')
+    return moved
 
 
 @contextlib.contextmanager

@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers import ReparamConv2d
+from .reparameterize import unwrapped
+
 #: Largest scale-relative error that counts as equal. In float32 the two forms
 #: round differently in every layer; in float64 what is left is the rounding of
 #: the deployed kernels to the float32 in which they are stored.
 TOLERANCES = {'float32': 1e-4, 'float64': 1e-5}
+#: Kernels stored in half precision are off by its unit of rounding, and layers add up:
+#: the tolerance is at least this many units.
+_UNITS_OF_ROUNDING = 8
 
 
 @dataclass(frozen=True)
@@ -28,40 +36,75 @@ class OutputError:
         error: Largest absolute difference over the largest absolute value of
             the output before; infinite where a value is not finite or the
             shapes differ.
+        tolerance: Largest error that counts as equal.
     """
 
     name: str
     dtype: str
     error: float
+    tolerance: float
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance of its dtype."""
-        return self.error <= TOLERANCES[self.dtype]
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What `verify` measured: one entry per raw output and dtype."""
+    """What `verify` measured.
+
+    Attributes:
+        errors: One entry per raw output and dtype.
+        unconverted: Layers of the model after that still generate their kernel.
+        first_difference: Where outputs differ: the first layer, in the order of
+            execution, whose output does, e.g. `backbone.layer1.0.conv2`. None
+            where they agree, or where no layer that both forms have differs.
+    """
 
     errors: tuple[OutputError, ...]
+    unconverted: tuple[str, ...] = ()
+    first_difference: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every output agrees; false if there was none."""
-        return bool(self.errors) and all(error.passed for error in self.errors)
+        """Whether every output agrees and every layer is converted; false without outputs."""
+        return (bool(self.errors) and not self.unconverted
+                and all(error.passed for error in self.errors))
 
     def largest(self, dtype: str) -> OutputError:
         """The entry with the largest error in `dtype`."""
         return max((e for e in self.errors if e.dtype == dtype), key=lambda e: e.error)
 
+    def explain(self) -> str:
+        """What failed, how much and where; or that all is equal."""
+        lines = []
+        if not self.errors:
+            lines.append('there was no input to compare the two forms on')
+        if self.unconverted:
+            lines.append(f'not converted: {", ".join(self.unconverted)}')
+        failed = sorted((e for e in self.errors if not e.passed), key=lambda e: -e.error)
+        if failed:
+            lines.append('scale-relative errors of the raw outputs (infinite: not a finite '
+                         'number, or another shape):')
+            lines += [f'  {e.name} in {e.dtype}: {e.error:.2e}, allowed {e.tolerance:.0e}'
+                      for e in failed[:8]]
+            if len(failed) > 8:
+                lines.append(f'  and {len(failed) - 8} more')
+            lines.append(f'the difference starts in the layer {self.first_difference}'
+                         if self.first_difference else
+                         'no layer that both forms have differs by itself')
+        return '\n'.join(lines) or 'the raw outputs of both forms agree'
+
     def as_dict(self) -> dict[str, Any]:
         """Plain types only, for a file."""
-        return {'passed': self.passed, 'tolerances': TOLERANCES,
+        return {'passed': self.passed, 'unconverted': list(self.unconverted),
+                'first_difference': self.first_difference,
                 'errors': [asdict(error) for error in self.errors]}
 
 
-def verify(before: nn.Module, after: nn.Module, batches: Sequence[dict]) -> VerificationReport:
+def verify(before: nn.Module, after: nn.Module,
+           inputs: Tensor | dict | Sequence[Tensor | dict]) -> VerificationReport:
     """Compare the raw outputs of two forms of a model on real inputs.
 
     Both are copied and compared in eval mode, whatever mode they are in.
@@ -71,26 +114,118 @@ def verify(before: nn.Module, after: nn.Module, batches: Sequence[dict]) -> Veri
     Args:
         before: The model in training form.
         after: The model re-parameterized.
-        batches: What the model's data preprocessor returns: `inputs` of shape
-            `(N, 3, H, W)` and, for OpenMMLab models, `data_samples`.
+        inputs: One or several batches: tensors of shape `(N, 3, H, W)`, or
+            what an OpenMMLab model's data preprocessor returns, a dictionary
+            with such `inputs` and `data_samples`.
 
     Returns:
-        The error of every raw output, in float32 and in float64.
+        The error of every raw output, in float32 and in float64, layers that
+        were not converted, and where a difference starts.
     """
+    before, after = unwrapped(before), unwrapped(after)
     errors: dict[tuple[str, str], float] = {}
     pairs = {'float32': (_frozen(before, torch.float32), _frozen(after, torch.float32))}
     pairs['float64'] = (_frozen(before, torch.float64), _frozen(after, torch.float64))
+    tolerances = _tolerances(after)
+    first_difference = None
     with torch.no_grad(), exact_float32():
-        for batch in batches:
+        for batch in _batches(inputs):
             proposals = own_proposals(pairs['float32'][0], batch)
+            failed = False
             for dtype, (one, other) in pairs.items():
                 expected = raw_outputs(one, batch, proposals)
                 found = raw_outputs(other, batch, proposals)
                 for name in expected.keys() | found.keys():
                     error = scale_relative_error(expected.get(name), found.get(name))
                     errors[name, dtype] = max(error, errors.get((name, dtype), 0.0))
-    return VerificationReport(tuple(OutputError(name, dtype, error)
-                                    for (name, dtype), error in sorted(errors.items())))
+                    failed |= not error <= tolerances[dtype]
+            if failed and first_difference is None:
+                first_difference = first_differing_layer(
+                    *pairs['float64'], lambda model: raw_outputs(model, batch, proposals),  # noqa: B023
+                    tolerances['float64'])
+    unconverted = tuple(name for name, module in after.named_modules()
+                        if isinstance(module, ReparamConv2d))
+    return VerificationReport(
+        tuple(OutputError(name, dtype, error, tolerances[dtype])
+              for (name, dtype), error in sorted(errors.items())), unconverted, first_difference)
+
+
+def first_differing_layer(before: nn.Module, after: nn.Module, run: Callable[[nn.Module], object],
+                          tolerance: float) -> str | None:
+    """Find the first layer, in the order of execution, whose output differs.
+
+    Compared are the outputs of the innermost modules that both forms have
+    under the same name. A convolution that took over the bias of the BN behind
+    it, or gave its own away, is compared together with that BN.
+
+    Args:
+        before: In eval mode.
+        after: In eval mode, of the same dtype.
+        run: Runs a model on the input that shows the difference.
+        tolerance: Largest scale-relative error that counts as equal.
+
+    Returns:
+        The layer's name, or None if no such layer differs.
+    """
+    names = dict(before.named_modules()).keys() & dict(after.named_modules()).keys()
+    outer = {'.'.join(name.split('.')[:length]) for name in names if name
+             for length in range(name.count('.') + 1)}
+    units = names - outer
+    expected, found = (_recorded(model, units, run) for model in (before, after))
+    pending = None
+    for call, output in expected.items():
+        if call not in found:
+            continue
+        name = call[0]
+        if _has_bias(before.get_submodule(name)) != _has_bias(after.get_submodule(name)):
+            pending = name
+            continue
+        error = max((scale_relative_error(one, other)
+                     for one, other in zip_longest(output, found[call])), default=0.0)
+        if not error <= tolerance:
+            return pending or name
+        pending = None
+    return None
+
+
+def _recorded(model: nn.Module, names: Collection[str], run: Callable[[nn.Module], object]
+              ) -> dict[tuple[str, int], list[Tensor]]:
+    """Outputs of modules by (name, number of the call), in the order of execution."""
+    outputs: dict[tuple[str, int], list[Tensor]] = {}
+    calls: Counter[str] = Counter()
+
+    def record(name: str, output: object) -> None:
+        # a copy: the next layer may write into it; in float32, half the memory
+        outputs[name, calls[name]] = [tensor.float().clone() for _, tensor in _flatten(output)]
+        calls[name] += 1
+
+    hooks = [model.get_submodule(name).register_forward_hook(
+        lambda module, args, output, name=name: record(name, output)) for name in names]
+    try:
+        run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    """Whether the convolution that this is, or equals, has a bias."""
+    if isinstance(layer, ReparamConv2d):
+        return layer.equivalent_kernel_bias()[1] is not None
+    return isinstance(layer, nn.Conv2d) and layer.bias is not None
+
+
+def _batches(inputs: Tensor | dict | Sequence[Tensor | dict]) -> Iterator[dict]:
+    for batch in [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs:
+        yield {'inputs': batch} if isinstance(batch, Tensor) else batch
+
+
+def _tolerances(after: nn.Module) -> dict[str, float]:
+    """The tolerance in each dtype, for the precision in which the model's kernels are stored."""
+    rounding = max((torch.finfo(p.dtype).eps for p in after.parameters()), default=0.0)
+    return {dtype: max(tolerance, _UNITS_OF_ROUNDING * rounding)
+            for dtype, tolerance in TOLERANCES.items()}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Running OpenMMLab configs: arguments, config, runner, optimizer."""
 
 from .launch import (
+    ConfigError,
     add_config_arguments,
     bare_model,
     build_runner,
@@ -9,10 +10,12 @@ from .launch import (
     dump_predictions,
     find_config,
     load_config,
+    on_main_process,
     show_predictions,
+    with_tta,
 )
 from .optimizer import OREPAOptimWrapperConstructor
 
-__all__ = ['OREPAOptimWrapperConstructor', 'add_config_arguments', 'bare_model', 'build_runner',
-           'build_test_runner', 'check_pretrained', 'dump_predictions', 'find_config',
-           'load_config', 'show_predictions']
+__all__ = ['ConfigError', 'OREPAOptimWrapperConstructor', 'add_config_arguments', 'bare_model',
+           'build_runner', 'build_test_runner', 'check_pretrained', 'dump_predictions',
+           'find_config', 'load_config', 'on_main_process', 'show_predictions', 'with_tta']

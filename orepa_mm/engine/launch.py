@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
-from mmengine.model import is_model_wrapper
+from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
@@ -18,6 +21,17 @@ from torch import nn
 
 from ..checkpoints import load_weights
 from ..datasets import apply_data_root
+
+#: What merges the predictions on augmented images where a config does not say.
+_FLIP_TTA = {
+    'mmdet': dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5),
+                                                   max_per_img=100)),
+    'mmpretrain': dict(type='mmpretrain.AverageClsScoreTTA'),
+}
+
+
+class ConfigError(ValueError):
+    """A config lacks what was asked of it; the message says what."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,38 +139,104 @@ def build_test_runner(cfg: Config, checkpoint: str | Path) -> Runner:
 
 
 def bare_model(runner: Runner) -> nn.Module:
-    """The runner's model, without the wrapper of a distributed run.
+    """The runner's model, without the wrappers of a distributed run and of augmentation.
 
     Args:
         runner: Any runner.
     """
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
-def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+def on_main_process(function: Callable[[], Any]) -> Any:
+    """Call a function in the main process; every process gets its result, or its error.
+
+    Args:
+        function: Its result must be small and picklable.
+    """
+    outcome: list = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            if not is_distributed():
+                raise
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def show_predictions(cfg: Config, show_dir: str | Path | None = None, show: bool = False,
+                     wait_time: float = 2) -> None:
     """Let a test draw its predictions.
 
     Args:
         cfg: A config with a visualization hook; changed in place.
-        args: With `show`, `show_dir` and `wait_time`.
+        show_dir: Folder to draw into.
+        show: Whether to show them in a window.
+        wait_time: Seconds per shown image.
 
     Raises:
-        RuntimeError: If the config has no visualization hook.
+        ConfigError: If the config has no visualization hook.
     """
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if not hook:
-        raise RuntimeError('to draw predictions, the config needs '
-                           'default_hooks.visualization, as the stock configs have')
+        raise ConfigError('to draw predictions, the config needs default_hooks.visualization, as '
+                          'the stock configs have')
     scope = cfg.get('default_scope')
     hook['enable' if scope == 'mmpretrain' else 'draw'] = True
     if scope in ('mmpretrain', 'mmseg'):
         hook['interval'] = 1  # these count images, MMDetection draws every one
-    if args.show:
-        hook.update(show=True, wait_time=args.wait_time)
-    if args.show_dir and scope == 'mmseg':
-        cfg.visualizer.save_dir = args.show_dir
-    elif args.show_dir:
-        hook['out_dir' if scope == 'mmpretrain' else 'test_out_dir'] = args.show_dir
+    if show:
+        hook.update(show=True, wait_time=wait_time)
+    if show_dir and scope == 'mmseg':
+        cfg.visualizer.save_dir = str(show_dir)
+    elif show_dir:
+        hook['out_dir' if scope == 'mmpretrain' else 'test_out_dir'] = str(show_dir)
+
+
+def with_tta(cfg: Config) -> Config:
+    """The config of a test with test-time augmentation.
+
+    Taken are `tta_model` and `tta_pipeline` of the config; a detector or
+    classifier that has none is tested on each image and its mirror image.
+
+    Args:
+        cfg: From `load_config`; left as it is.
+
+    Returns:
+        A new config.
+
+    Raises:
+        ConfigError: If a segmentor's config has none: which scales to take
+            depends on the data.
+    """
+    cfg = copy.deepcopy(cfg)
+    scope = cfg.get('default_scope')
+    dataset = cfg.test_dataloader.dataset
+    while 'pipeline' not in dataset and 'dataset' in dataset:
+        dataset = dataset.dataset
+    if scope in _FLIP_TTA:
+        cfg.setdefault('tta_model', copy.deepcopy(_FLIP_TTA[scope]))
+    if scope in _FLIP_TTA and 'tta_pipeline' not in cfg:
+        *transforms, pack = copy.deepcopy(dataset.pipeline)
+        if scope == 'mmdet':  # boxes are flipped back by what is noted here
+            pack.meta_keys = (*pack.get('meta_keys', (
+                'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+                'flip', 'flip_direction')
+        cfg.tta_pipeline = [*transforms, dict(type='TestTimeAug', transforms=[
+            [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)], [pack]])]
+    for key in ('tta_model', 'tta_pipeline'):
+        if key not in cfg:
+            raise ConfigError(f'--tta needs {key} in the config, as the stock segmentation configs '
+                              'have')
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = {**cfg.tta_model, 'module': cfg.model}
+    return cfg
 
 
 def dump_predictions(runner: Runner, path: str) -> None:

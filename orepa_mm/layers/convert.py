@@ -1,8 +1,9 @@
-"""The walk that puts stock convolutions in place of re-parameterizable layers."""
+"""Walks over a model: its re-parameterizable layers, and stock convolutions in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import nn
 
@@ -64,3 +65,22 @@ def replace_with_conv2d(model: nn.Module) -> nn.Module:
         return module
 
     return walk(model)
+
+
+def adjacent_children(model: nn.Module
+                      ) -> Iterator[tuple[nn.Module, str, nn.Module, str, nn.Module]]:
+    """Every two children that are registered one after the other, as a BN after its convolution.
+
+    Inside of a layer that generates its kernel nothing is listed.
+
+    Args:
+        model: Any module; children may be replaced while this runs.
+
+    Yields:
+        Parent, name of the first child, the child, name of the second, the second.
+    """
+    inside = {module for layer in reparam_layers(model) for module in layer.modules()}
+    for parent in list(model.modules()):
+        if parent not in inside:
+            for (first_name, first), (name, second) in pairwise(list(parent.named_children())):
+                yield parent, first_name, first, name, second

@@ -180,7 +180,7 @@ def test_file_to_pretrained_weights(saved, tmp_path, wrap):
 
 
 @needs_golden
-@pytest.mark.parametrize(('form', 'said'), [('training', 'training'), ('deploy', 'deployed'),
+@pytest.mark.parametrize(('form', 'said'), [('training', 'training'), ('deploy', 'plain'),
                                             ('torchvision', 'torchvision')])
 def test_the_file_says_what_it_is(saved, tmp_path, form, said):
     source = saved(golden('net_resnet18_narrow')['state_dict'], 'authors.pth')

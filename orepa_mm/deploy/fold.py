@@ -1,0 +1,94 @@
+"""Fold BN into the convolution before it, for a model that will not be trained any more."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..layers import adjacent_children
+
+
+def fold_batch_norm(model: nn.Module) -> int:
+    """Fold every BN into the plain convolution right before it, in place.
+
+    The sums are PyTorch's own (`torch.nn.utils.fusion`), in float64. A folded
+    BN is replaced by `nn.Identity`, so that the stock code around it still
+    runs; in the state dict only the convolution and its new bias are left.
+    Dtype, device, memory format, training flag and `requires_grad` are kept.
+    What the model computes in eval mode stays; trained further, it would have
+    no BN.
+
+    Not folded is a BN that does not follow a convolution (after another layer,
+    a deformable convolution, or as `ConvModule(order=...)` says), one without
+    running statistics, and one of which either side is shared: a head whose
+    levels share convolutions but not the BN has no folded form.
+
+    Args:
+        model: Any module, without layers that still generate their kernel.
+
+    Returns:
+        Number of folded BN.
+    """
+    uses = Counter(child for module in model.modules()
+                   for child in module._modules.values() if child is not None)
+    folded = 0
+    for parent, conv_name, conv, norm_name, norm in adjacent_children(model):
+        if (_follows(parent, conv, norm) and uses[conv] == uses[norm] == 1
+                and parent._modules[conv_name] is conv):
+            parent._modules[conv_name] = _fused(conv, norm)
+            identity = nn.Identity().train(norm.training)
+            identity.folded_norm = True  # tells a folded model from one without BN
+            parent._modules[norm_name] = identity
+            folded += 1
+    return folded
+
+
+@MODELS.register_module(name='BNFolded')
+def build_bn_folded(model_type: str, **cfg: Any) -> nn.Module:
+    """Build a stock model whose BN is folded, for the weights that were saved of one.
+
+    No stock config can say that a convolution before a BN has a bias and the
+    BN is gone. This builds the stock model, folds, and returns it: whatever
+    reads the config or the model finds the stock one.
+
+    Args:
+        model_type: The stock model, e.g. `FasterRCNN`.
+        **cfg: Its config.
+
+    Returns:
+        The stock model, `nn.Identity` in place of each folded BN.
+
+    Example:
+        >>> model = dict(type='BNFolded', model_type='FasterRCNN', backbone=...)
+    """
+    model = MODELS.build({'type': model_type, **cfg})
+    fold_batch_norm(model)
+    return model
+
+
+def _follows(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether `norm` is a BN over what `conv` gives."""
+    if not (isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm)):
+        return False
+    order = getattr(parent, 'order', None)  # of mmcv's ConvModule
+    if isinstance(order, tuple) and {'conv', 'norm'} <= set(order) and (
+            order.index('norm') != order.index('conv') + 1):
+        return False
+    return conv.out_channels == norm.num_features and norm.running_mean is not None
+
+
+def _fused(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
+    trainable = any(p.requires_grad for layer in (conv, norm) for p in layer.parameters())
+    dtype, training = conv.weight.dtype, conv.training
+    with torch.no_grad():
+        conv, norm = (copy.deepcopy(layer).double().eval() for layer in (conv, norm))
+        fused = fuse_conv_bn_eval(conv, norm).to(dtype)
+    fused.requires_grad_(trainable)
+    return fused.train(training)

@@ -1,0 +1,68 @@
+"""The table of a re-parameterization, before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+#: The columns: what a number of the report is of.
+FORMS = ('training', 'deployed')
+
+
+def print_report(report: dict[str, Any], folder: str | Path) -> None:
+    """Print the table of both forms, and what was written where.
+
+    Args:
+        report: From `reparameterize_checkpoint`.
+        folder: Where it wrote.
+    """
+    console, folder = Console(), Path(folder)
+    table = Table(title='before and after re-parameterization')
+    for heading, justify in (('', 'left'), ('training form', 'right'),
+                             (f'deployed ({report["form"]})', 'right')):
+        table.add_column(heading, justify=justify)
+    for row in report_rows(report):
+        table.add_row(*row)
+    console.print(table)
+    if report['problems']:
+        console.print('SAVED UNVERIFIED, as asked for. The two forms differ:', style='bold red')
+        print('\n'.join(report['problems']))
+    dropped = ', '.join(f'{key} ({size / 1e6:.1f} MB)'
+                        for key, size in report['dropped_bytes'].items())
+    if dropped:
+        print(f'left out of the checkpoint: {dropped}')
+    needs = ('the stock model, which tests without orepa_mm' if report['form'] == 'plain'
+             else 'BN folded; testing it needs orepa_mm installed')
+    print(f'saved {folder / "model.pth"} and {folder / "config.py"}: {needs}:\n'
+          f'  mim test {report["package"]} {folder / "config.py"} --checkpoint '
+          f'{folder / "model.pth"}')
+    for name in report.get('onnx', {}).get('files', ()):
+        print(f'saved {folder / name}')
+
+
+def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The table of both forms as text: (quantity, training form, deployed).
+
+    Args:
+        report: From `reparameterize_checkpoint`.
+    """
+    rows = []
+    metrics = report.get('metrics', {form: {} for form in FORMS})
+    for name in metrics['training']:
+        if metrics['training'][name] != -1:  # COCO's mark for: no such object
+            rows.append((name, *(f'{metrics[form][name]:.4f}' for form in FORMS)))
+    for name, key, unit, digits in (('parameters (M)', 'parameters', 1e6, 2),
+                                    ('multiply-adds (G)', 'multiply_adds', 1e9, 2),
+                                    ('checkpoint file (MB)', 'file_bytes', 1e6, 1),
+                                    ('latency, median (ms)', 'latency_ms', 1, 1)):
+        if key in report:  # nothing runs without a test image
+            rows.append((name, *(f'{report[key][form] / unit:.{digits}f}' for form in FORMS)))
+    if 'latency_ms' in report:
+        rows.append(('latency with kernels squeezed at every call (ms)',
+                     f'{report["latency_ms"]["squeezing"]:.1f}', ''))
+    for dtype, error in report['largest_difference'].items():
+        rows.append((f'largest relative output difference, {dtype}', '', f'{error:.1e}'))
+    return rows
