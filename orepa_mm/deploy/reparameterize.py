@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import weakref
 from collections import Counter
 
 from mmengine.logging import print_log
@@ -104,19 +106,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _unwrap_inside(model: nn.Module) -> None:
-    """Take wrappers off all children, and compiled functions off all modules, in place.
+    """Take wrappers off all children, and wrapped methods off all modules, in place.
 
-    A compiled method is kept in an attribute of the instance that shadows the
-    method and is bound to the module that was compiled: in a copy it would go
-    on calling the original.
+    `torch.compile` and FairScale's activation checkpointing put a function
+    that holds on to its module before the class's method: in a copy it would
+    go on calling the original.
     """
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if child is not None:
                 module._modules[name] = unwrapped(child)
         for name, value in list(vars(module).items()):
-            if hasattr(value, '_torchdynamo_orig_callable') and hasattr(type(module), name):
+            if hasattr(type(module), name) and _holds_its_module(value):
                 delattr(module, name)
+
+
+def _holds_its_module(function: object) -> bool:
+    return hasattr(function, '_torchdynamo_orig_callable') or (
+        isinstance(function, functools.partial)
+        and any(isinstance(argument, weakref.ref) for argument in function.args))
 
 
 def _is_converted(module: nn.Module) -> bool:

@@ -60,11 +60,13 @@ class VerificationReport:
         first_difference: Where outputs differ: the first layer, in the order of
             execution, whose output does, e.g. `backbone.layer1.0.conv2`. None
             where they agree, or where no layer that both forms have differs.
+        failure: What the model after failed with, where it did not run at all.
     """
 
     errors: tuple[OutputError, ...]
     unconverted: tuple[str, ...] = ()
     first_difference: str | None = None
+    failure: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -83,6 +85,8 @@ class VerificationReport:
             lines.append('there was no input to compare the two forms on')
         if self.unconverted:
             lines.append(f'not converted: {", ".join(self.unconverted)}')
+        if self.failure:
+            lines.append(f'the re-parameterized model does not run: {self.failure}')
         failed = sorted((e for e in self.errors if not e.passed), key=lambda e: -e.error)
         if failed:
             lines.append('scale-relative errors of the raw outputs (infinite: not a finite '
@@ -99,7 +103,7 @@ class VerificationReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain types only, for a file."""
         return {'passed': self.passed, 'unconverted': list(self.unconverted),
-                'first_difference': self.first_difference,
+                'first_difference': self.first_difference, 'failure': self.failure,
                 'errors': [asdict(error) for error in self.errors]}
 
 
@@ -127,14 +131,17 @@ def verify(before: nn.Module, after: nn.Module,
     pairs = {'float32': (_frozen(before, torch.float32), _frozen(after, torch.float32))}
     pairs['float64'] = (_frozen(before, torch.float64), _frozen(after, torch.float64))
     tolerances = _tolerances(after)
-    first_difference = None
+    first_difference = failure = None
     with torch.no_grad(), exact_float32():
         for batch in _batches(inputs):
             proposals = own_proposals(pairs['float32'][0], batch)
             failed = False
             for dtype, (one, other) in pairs.items():
                 expected = raw_outputs(one, batch, proposals)
-                found = raw_outputs(other, batch, proposals)
+                try:
+                    found = raw_outputs(other, batch, proposals)
+                except RuntimeError as error:  # a shape that does not fit, for example
+                    found, failure = {}, str(error)
                 for name in expected.keys() | found.keys():
                     error = scale_relative_error(expected.get(name), found.get(name))
                     errors[name, dtype] = max(error, errors.get((name, dtype), 0.0))
@@ -147,7 +154,8 @@ def verify(before: nn.Module, after: nn.Module,
                         if isinstance(module, ReparamConv2d))
     return VerificationReport(
         tuple(OutputError(name, dtype, error, tolerances[dtype])
-              for (name, dtype), error in sorted(errors.items())), unconverted, first_difference)
+              for (name, dtype), error in sorted(errors.items())),
+        unconverted, first_difference, failure)
 
 
 def first_differing_layer(before: nn.Module, after: nn.Module, run: Callable[[nn.Module], object],
@@ -183,7 +191,7 @@ def first_differing_layer(before: nn.Module, after: nn.Module, run: Callable[[nn
         error = max((scale_relative_error(one, other)
                      for one, other in zip_longest(output, found[call])), default=0.0)
         if not error <= tolerance:
-            return pending or name
+            return (name if pending is None else pending) or 'itself'
         pending = None
     return None
 
@@ -203,6 +211,8 @@ def _recorded(model: nn.Module, names: Collection[str], run: Callable[[nn.Module
         lambda module, args, output, name=name: record(name, output)) for name in names]
     try:
         run(model)
+    except RuntimeError:
+        pass  # what ran until then says where it starts
     finally:
         for hook in hooks:
             hook.remove()

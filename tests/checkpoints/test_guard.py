@@ -1,0 +1,138 @@
+"""A checkpoint of one form is refused by a model of another, wherever MMEngine loads."""
+
+import copy
+
+import pytest
+import torch
+from helpers import golden, needs_golden, randomize
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import _load_checkpoint_to_model, load_state_dict
+
+from orepa_mm.checkpoints import CheckpointError, load_weights, require_same_form
+from orepa_mm.deploy import reparameterize
+
+NECK = dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5)
+HEAD = dict(type='RetinaHead', num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1)
+REPVGG = dict(out_indices=(0, 1, 2, 3), arch=dict(
+    num_blocks=[1, 1, 1, 1], width_factor=[0.125] * 4, group_layer_map=None, se_cfg=None))
+BACKBONES = {
+    'OREPAResNet': dict(depth=18, base_channels=8),
+    'DBBResNet': dict(depth=18, base_channels=8),
+    'OREPARepVGG': REPVGG,
+}
+STOCK = {'OREPAResNet': 'ResNet', 'DBBResNet': 'ResNet', 'OREPARepVGG': 'mmpretrain.RepVGG'}
+
+
+@pytest.fixture(autouse=True)
+def _mmdet_scope():
+    register_all_modules(init_default_scope=True)
+
+
+def detector(backbone, form, **kwargs):
+    """A detector of either form; the plain ones are the stock ones."""
+    cfg = dict(type=backbone, **BACKBONES[backbone], **kwargs)
+    if form != 'training':
+        cfg['type'] = STOCK[backbone]
+        if backbone == 'OREPARepVGG':
+            cfg['deploy'] = True
+    model = dict(type='RetinaNet', backbone=cfg, neck=NECK, bbox_head=HEAD)
+    if form == 'folded':
+        model = {**model, 'type': 'BNFolded', 'model_type': 'RetinaNet'}
+    return MODELS.build(copy.deepcopy(model))
+
+
+def weights(backbone, form):
+    model = randomize(detector(backbone, 'training'))
+    if form != 'training':
+        model = reparameterize(model, fold_bn=form == 'folded')
+    return model.state_dict()
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+FORMS = ('training', 'plain', 'folded')
+PAIRS = [(backbone, theirs, ours) for backbone in BACKBONES for theirs in FORMS for ours in FORMS
+         # a deployed RepVGG has no BN to fold, nor has RetinaNet
+         if not (backbone == 'OREPARepVGG' and 'folded' in (theirs, ours))]
+COMMANDS = {'training': 'mim run orepa_mm reparam', 'plain': 'config that lies beside',
+            'folded': 'config that lies beside'}
+
+
+@pytest.mark.parametrize(('backbone', 'theirs', 'ours'), PAIRS)
+def test_every_pair_of_forms(backbone, theirs, ours, tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    state = weights(backbone, theirs)
+    torch.save({'state_dict': state, 'meta': {}}, path)
+    model = detector(backbone, ours)
+    before = snapshot(model)
+    # MMEngine's function behind load_from, init_detector and the inferencers; and our tools'
+    for load in (lambda: load_checkpoint(model, str(path)), lambda: load_weights(model, path)):
+        if theirs == ours:
+            load()
+            assert all(torch.equal(value, state[key])
+                       for key, value in model.state_dict().items())
+        else:
+            with pytest.raises(CheckpointError) as error:
+                load()
+            assert f'is in {theirs} form, but the model is in {ours} form' in str(error.value)
+            assert COMMANDS[theirs] in str(error.value)
+            assert all(torch.equal(value, before[key])
+                       for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('prefix', ['backbone.', None])
+def test_init_cfg_of_a_stock_backbone(prefix, tmp_path):
+    """The stock class, through MMEngine's own `Pretrained`."""
+    state = weights('OREPAResNet', 'training')
+    if prefix is None:
+        state = {key.removeprefix('backbone.'): value for key, value in state.items()}
+    torch.save({'state_dict': state}, tmp_path / 'training.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'training.pth'))
+    model = detector('OREPAResNet', 'plain',
+                     init_cfg={**init_cfg, **({'prefix': prefix} if prefix else {})})
+    with pytest.raises(CheckpointError, match='training form, but the model is in plain form'):
+        model.init_weights()
+
+
+def test_deploy_true_is_the_plain_form():
+    model = detector('OREPAResNet', 'training', deploy=True)
+    load_state_dict(model, weights('OREPAResNet', 'plain'), strict=True)
+    with pytest.raises(CheckpointError, match='training form, but the model is in plain form'):
+        load_state_dict(model, weights('OREPAResNet', 'training'))
+
+
+def test_wrapped_models_and_prefixed_checkpoints():
+    from torch.nn.parallel import DataParallel
+    model = DataParallel(detector('OREPAResNet', 'plain'))
+    state = {f'module.{key}': value for key, value in weights('OREPAResNet', 'training').items()}
+    with pytest.raises(CheckpointError, match='training form, but the model is in plain form'):
+        _load_checkpoint_to_model(model, {'state_dict': state})
+
+
+@needs_golden
+def test_names_of_the_authors():
+    state = golden('net_resnet18_narrow')['state_dict']
+    for form in ('training', 'plain'):
+        with pytest.raises(CheckpointError, match=r'authors.*\n.*convert_checkpoint'):
+            load_state_dict(detector('OREPAResNet', form), state)
+
+
+def test_what_is_no_mismatch_loads():
+    """Other parts may be missing or left over, as MMEngine allows."""
+    training = weights('OREPAResNet', 'training')
+    model = detector('OREPAResNet', 'training')
+    require_same_form(model, {k: v for k, v in training.items() if k.startswith('neck')})
+    require_same_form(model, {k: v for k, v in training.items() if 'layer4' not in k})
+    require_same_form(model, {**training, 'mask_head.conv.weight': torch.zeros(1),
+                              'other.conv.vector': torch.zeros(1)})
+    require_same_form(model.neck, training)  # no place in common
+    require_same_form(model, {})
+    plain = weights('OREPAResNet', 'plain')
+    require_same_form(detector('OREPAResNet', 'plain'),
+                      {k: v for k, v in plain.items() if 'running' not in k})
+    stock = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.GroupNorm(2, 4))
+    require_same_form(stock, {'0.weight': torch.zeros(4, 3, 3, 3), '0.bias': torch.zeros(4)})
