@@ -18,7 +18,7 @@ __all__ = ['__version__']
 def _register() -> None:
     failures = []
     for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones',
-                   'orepa_mm.engine.optimizer', 'orepa_mm.deploy.fold'):
+                   'orepa_mm.engine', 'orepa_mm.deploy.fold'):
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises

@@ -3,8 +3,15 @@
 import argparse
 import sys
 
+from orepa_mm.checkpoints import CheckpointError
 from orepa_mm.datasets import DataRootError
-from orepa_mm.engine import add_config_arguments, build_runner, check_pretrained, load_config
+from orepa_mm.engine import (
+    ConfigError,
+    add_config_arguments,
+    build_runner,
+    check_pretrained,
+    load_config,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +43,10 @@ def main() -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    build_runner(cfg).train()
+    try:
+        build_runner(cfg).train()
+    except (CheckpointError, ConfigError) as error:  # of load_from, init_cfg, resume; of a hook
+        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from mmcv.cnn import build_conv_layer, build_norm_layer
+from mmengine.logging import print_log
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import nn
 
@@ -55,12 +57,21 @@ class ReparamBackboneMixin:
                 'type': cls.stock_type, 'init_cfg': None}
 
     def init_weights(self) -> None:
-        """Initialise as the stock class does, but load pretrained weights strictly."""
+        """Initialise as the stock class does, but load pretrained weights strictly.
+
+        A deployed backbone without them is warned of: trained from scratch it
+        is the plain network.
+        """
         init_cfg = self.init_cfg
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             load_pretrained(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
             self._is_init = True
         else:
+            if self.deploy:
+                print_log(f'{type(self).__name__}(deploy=True) starts at random: it is the plain '
+                          'network, and OREPA has no part in its training. To train with OREPA, '
+                          'leave deploy=True out; to go on from re-parameterized weights, load '
+                          'them (load_from, init_cfg).', 'current', logging.WARNING)
             super().init_weights()
 
     def switch_to_deploy(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +13,7 @@ from mmengine.registry import DefaultScope, Registry
 from torch import nn
 
 from ..checkpoints import written_whole
-from ..engine import ConfigError
-from ..engine.optimizer import OREPAOptimWrapperConstructor
+from ..engine import ConfigError, OREPAOptimWrapperConstructor, without_reparam_test
 from .reparameterize import is_training_form
 
 #: Plain: the stock model. Folded: BN folded into the convolutions as well.
@@ -45,7 +43,7 @@ def deploy_config(cfg: Config, form: str = 'plain') -> Config:
     """
     if form not in DEPLOYED_FORMS:
         raise ConfigError(f'there is no form {form!r}, only {", ".join(DEPLOYED_FORMS)}')
-    content = copy.deepcopy(cfg.to_dict())
+    content = without_reparam_test(cfg).to_dict()
     for key in _TRAINING_ONLY:
         content.pop(key, None)
     _stock_optimizer(content.get('optim_wrapper') or {})

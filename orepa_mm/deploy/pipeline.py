@@ -24,7 +24,14 @@ from torch.utils._pytree import tree_leaves
 
 from ..backbones.registration import PACKAGES
 from ..checkpoints import CheckpointError, load_checkpoint
-from ..engine import bare_model, build_test_runner, on_main_process, show_predictions, with_tta
+from ..engine import (
+    bare_model,
+    build_test_runner,
+    on_main_process,
+    show_predictions,
+    with_tta,
+    without_reparam_test,
+)
 from ..version import __version__
 from .export import deploy_config, require_safetensors, save_deployed
 from .measure import count_multiply_adds, count_parameters, measure_latency
@@ -88,6 +95,7 @@ def reparameterize_checkpoint(
         require_onnx()
     if safetensors:
         require_safetensors()
+    cfg = without_reparam_test(cfg)  # it would test the deployed form in place of the training form
     deployed_cfg = deploy_config(cfg, form)
     runner = build_test_runner(with_tta(cfg) if tta else cfg, checkpoint)
     before = bare_model(runner)

@@ -15,7 +15,9 @@ from .launch import (
     with_tta,
 )
 from .optimizer import OREPAOptimWrapperConstructor
+from .reparam_test_hook import ReparamTestHook, without_reparam_test
 
-__all__ = ['ConfigError', 'OREPAOptimWrapperConstructor', 'add_config_arguments', 'bare_model',
-           'build_runner', 'build_test_runner', 'check_pretrained', 'dump_predictions',
-           'find_config', 'load_config', 'on_main_process', 'show_predictions', 'with_tta']
+__all__ = ['ConfigError', 'OREPAOptimWrapperConstructor', 'ReparamTestHook',
+           'add_config_arguments', 'bare_model', 'build_runner', 'build_test_runner',
+           'check_pretrained', 'dump_predictions', 'find_config', 'load_config',
+           'on_main_process', 'show_predictions', 'with_tta', 'without_reparam_test']

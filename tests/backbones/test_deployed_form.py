@@ -1,6 +1,7 @@
 """Every registered backbone deploys to the stock network, with every option of it."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from orepa_mm.backbones import mixin
 from orepa_mm.backbones.registration import PACKAGES
 from orepa_mm.deploy import reparameterize, verify
 from orepa_mm.layers import reparam_layers
@@ -211,3 +213,15 @@ def test_checkpoint_of_the_other_form_is_refused(name):
     if name != 'repvgg':  # whose plain 3 x 3 has another name
         with pytest.raises(RuntimeError, match=r'training form.*plain convolution'):
             training.load_state_dict(deployed.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize('name', ['r18', 'dbb r18', 'repvgg', 'seg r18', 'cls r18'])
+def test_training_the_deployed_form_from_scratch_is_warned_of(name, monkeypatch):
+    said = []
+    monkeypatch.setattr(mixin, 'print_log', lambda *args: said.append(args))
+    MODELS.build(CASES[name]).init_weights()
+    assert not said
+    MODELS.build({**CASES[name], 'deploy': True}).init_weights()
+    (text, _, level), = said
+    assert 'OREPA has no part in its training' in text
+    assert level == logging.WARNING
