@@ -59,6 +59,8 @@ setup(
         'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.0.0,<2.2.0', 'mmdet>=3.3.0',
                       'mmsegmentation>=1.2.2', 'ftfy', 'regex', 'mmpretrain>=1.2.0',
                       'openmim>=0.3.9', 'setuptools<82'],
+        'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
+        'safetensors': ['safetensors'],
         'test': ['pytest', 'ruff'],
     },
     cmdclass={'build_py': BuildPy, 'develop': Develop},

@@ -76,6 +76,8 @@ def diagnose() -> Iterator[Finding]:
                                              ('mmsegmentation', 'mmseg', 'segmentors'),
                                              ('mmpretrain', 'mmpretrain', 'classifiers')):
         yield _toolbox(distribution, module, needed_for)
+    yield _optional('ONNX', ('onnx', 'onnxscript', 'onnxruntime'), '--onnx')
+    yield _optional('safetensors', ('safetensors',), '--safetensors')
     yield _registered()
 
 
@@ -153,6 +155,14 @@ def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:
     return Finding(module, problem or version, problem and f'{needed_for} cannot be built: '
                    'run `make setup`, or reinstall it with the versions in '
                    'requirements/constraints.txt')
+
+
+def _optional(name: str, distributions: tuple[str, ...], option: str) -> Finding:
+    versions = {distribution: version_of(distribution) for distribution in distributions}
+    if None in versions.values():
+        return Finding(name, 'not installed', f'pip install {" ".join(distributions)} '
+                       f'(for tools/reparam.py {option})', required=False)
+    return Finding(name, ', '.join(f'{key} {value}' for key, value in versions.items()))
 
 
 def _registered() -> Finding:

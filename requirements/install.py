@@ -36,6 +36,7 @@ TORCH = ['torch==2.12.1', 'torchvision==0.27.1', 'setuptools==79.0.1',
          'wheel', 'ninja', 'psutil', 'packaging']
 OPENMMLAB = ['mmengine==0.10.7', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0',
              'ftfy', 'regex', 'openmim==0.3.9', 'openxlab==0.0.11']
+DEPLOYMENT = ['onnx', 'onnxscript', 'onnxruntime', 'safetensors']  # of the constraint file
 DEVELOPMENT = ['pytest==9.0.3', 'ruff==0.14.5']
 
 
@@ -208,10 +209,12 @@ def set_up(env: Environment) -> None:
     env.step('OpenMMLab', [OPENMMLAB, pins], lambda: env.pip_install(*constraints, *OPENMMLAB))
     env.step('mmcv', [MMCV, TORCH, os.environ.get('FORCE_CUDA', '0')],
              lambda: env.pip_install('-q', '--no-deps', '--force-reinstall', mmcv_wheel(env)))
+    env.step('ONNX and safetensors', [DEPLOYMENT, pins],
+             lambda: env.pip_install('-q', *constraints, *DEPLOYMENT))
     env.step('test tools', [DEVELOPMENT], lambda: env.pip_install('-q', *constraints, *DEVELOPMENT))
     env.step('orepa_mm', [(ROOT / 'setup.py').read_text()], lambda: env.pip_install(
         '-q', '--no-use-pep517', '--no-build-isolation', '--no-deps', '-e', ROOT))
-    env.step('check', [pins, OPENMMLAB, DEVELOPMENT],
+    env.step('check', [pins, OPENMMLAB, DEPLOYMENT, DEVELOPMENT],
              lambda: run([env.python, '-m', 'orepa_mm.doctor']))
 
 

@@ -27,6 +27,19 @@ needs_golden = pytest.mark.skipif(
     'they come with a development checkout only')
 
 
+#: Begins a script in which orepa_mm cannot be imported.
+WITHOUT_US = "import sys; sys.modules['orepa_mm'] = None"
+#: A stock package's own tools/test.py; the package is the first argument.
+STOCK_TEST = '''
+import runpy, sys
+package = sys.argv.pop(1)
+from importlib.util import find_spec
+from pathlib import Path
+script = Path(find_spec(package).origin).parent / '.mim' / 'tools' / 'test.py'
+runpy.run_path(str(script), run_name='__main__')
+'''
+
+
 def golden(name):
     return torch.load(GOLDEN / f'{name}.pt', weights_only=True)
 

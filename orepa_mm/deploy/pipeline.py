@@ -89,7 +89,7 @@ def reparameterize_checkpoint(
         ImportError: If what ONNX or safetensors needs is not installed.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
-    _require_free(folder, checkpoint)
+    _require_files(folder, checkpoint)
     if onnx:
         from .onnx import require_onnx  # PENDING
         require_onnx()
@@ -148,8 +148,10 @@ def reparameterize_checkpoint(
     return report
 
 
-def _require_free(folder: Path, checkpoint: Path) -> None:
-    """Refuse to overwrite the input, or to mix with files of an earlier run."""
+def _require_files(folder: Path, checkpoint: Path) -> None:
+    """Refuse to overwrite the input, or to mix with files of an earlier run; before long work."""
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f'there is no checkpoint {checkpoint}')
     if checkpoint.resolve() in {(folder / name).resolve() for name in _OUTPUTS}:
         raise FileExistsError(f'the output {folder / checkpoint.name} would overwrite the input: '
                               'choose another folder with --out')

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, STOCK_TEST, WITHOUT_US, run
 
 from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.datasets import make_shapes_cityscapes, make_shapes_coco, make_shapes_imagenet
@@ -34,16 +34,6 @@ _base_ = '{ROOT}/configs/imagenet/orepa-resnet18-light_300i_in1k.py'
 model = dict(backbone=dict(base_channels=8, stem_channels=8), head=dict(in_channels=64))
 ''' + NO_WORKERS, make_shapes_imagenet, 'accuracy/top1', 'mmpretrain'),
 }
-#: Run where orepa_mm cannot be imported: the package's own tools/test.py.
-STOCK_TEST = '''
-import runpy, sys
-sys.modules['orepa_mm'] = None
-package = sys.argv.pop(1)
-from importlib.util import find_spec
-from pathlib import Path
-script = Path(find_spec(package).origin).parent / '.mim' / 'tools' / 'test.py'
-runpy.run_path(str(script), run_name='__main__')
-'''
 
 
 @pytest.fixture(scope='module', params=TASKS)
@@ -76,7 +66,7 @@ def test_both_forms_score_the_same(task):
 
 def test_the_stock_package_tests_the_result(task):
     folder, metric, package = task
-    output = run('-c', STOCK_TEST, package, folder / 'deployed' / 'config.py',
+    output = run('-c', WITHOUT_US + STOCK_TEST, package, folder / 'deployed' / 'config.py',
                  folder / 'deployed' / 'model.pth', '--work-dir', folder / 'stock')
     metric = metric.rpartition('/')[2]
     assert metric in output

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, STOCK_TEST, run
+from mmengine.config import Config
 
 from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.datasets import make_shapes_coco
@@ -51,8 +52,11 @@ def deployed(folder, trained):
     """The folder of the re-parameterized model."""
     output = run('tools/reparam.py', folder / 'config.py', folder / 'train' / 'iter_4.pth',
                  '--work-dir', folder / 'test', '--data-root', folder / 'data', '--out',
-                 folder / 'deployed', '--latency-rounds', 1, '--num-images', 2)
+                 folder / 'deployed', '--latency-rounds', 1, '--num-images', 2,
+                 '--show-dir', folder / 'drawn')
     assert 'largest relative output difference' in output
+    assert 'left out of the checkpoint: ' in output
+    assert 'ema_state_dict (' in output
     return folder / 'deployed'
 
 
@@ -85,7 +89,11 @@ def test_reparam(deployed):
     # tensors and plain types only: loads without any allowlist of ours
     script = ('import sys, torch; c = torch.load(sys.argv[1], weights_only=True); '
               'print(c["meta"]["form"], len(c["state_dict"]))')
-    assert 'deployed' in run('-c', script, deployed / 'model.pth')
+    assert 'plain' in run('-c', script, deployed / 'model.pth')
+
+
+def test_predictions_of_the_deployed_form_are_drawn(folder, deployed):
+    assert len(list((folder / 'drawn').rglob('*.png'))) == 3
 
 
 def test_the_deployed_model_needs_stock_mmdet_only(folder, deployed):
@@ -120,56 +128,49 @@ def test_report(folder, deployed):
         assert out.with_name(f'report-{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_checkpoint_of_the_other_form_is_refused(folder, deployed):
+def refused(*command):
+    """What a tool prints when it refuses with exit code 1, without a traceback."""
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                            text=True)
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(('tool', 'config', 'checkpoint', 'said'), [
+    ('test', 'config.py', 'deployed/model.pth', 'is in plain form, but the model is in training'),
+    ('test', 'deployed/config.py', 'train/iter_4.pth', 'mim run orepa_mm reparam'),
+    ('reparam', 'deployed/config.py', 'deployed/model.pth', 'is in plain form already'),
+    ('reparam', 'config.py', 'deployed/model.pth', 'is in plain form, but the model is in train'),
+])
+def test_checkpoint_of_the_other_form_is_refused(folder, deployed, tool, config, checkpoint, said):
+    error = refused(f'tools/{tool}.py', folder / config, folder / checkpoint,
+                    '--work-dir', folder / 'test', '--data-root', folder / 'data')
+    assert f'error: {folder / checkpoint}' in error
+    assert said in error
+
+
+@pytest.mark.parametrize('how', ['load_from', 'resume'])
+def test_training_does_not_start_from_the_other_form(folder, deployed, how):
+    options = ['--cfg-options', f'load_from={deployed / "model.pth"}'] if how == 'load_from' else [
+        '--resume', deployed / 'model.pth']
+    error = refused('tools/train.py', folder / 'config.py', '--work-dir', folder / 'other',
+                    '--data-root', folder / 'data', *options)
+    assert 'is in plain form, but the model is in training form' in error
+
+
+def test_the_stock_package_refuses_it_too(folder, deployed):
+    """A user's own run, with MMDetection's tools, where orepa_mm is imported."""
+    (folder / 'stock.py').write_text(f"""
+_base_ = '{deployed / 'config.py'}'
+custom_imports = dict(imports=['orepa_mm'], allow_failed_imports=False)
+""")
     result = subprocess.run(
-        [sys.executable, 'tools/test.py', folder / 'config.py', deployed / 'model.pth',
-         '--work-dir', folder / 'test', '--data-root', folder / 'data'],
-        cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert 'in training form' in result.stderr
-    result = subprocess.run(
-        [sys.executable, 'tools/test.py', deployed / 'config.py',
+        [sys.executable, '-c', STOCK_TEST, 'mmdet', folder / 'stock.py',
          folder / 'train' / 'iter_4.pth', '--work-dir', folder / 'test'],
         cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert 'does not belong to this model' in result.stderr
-
-
-BROKEN = '''
-import runpy, sys
-import orepa_mm.deploy.pipeline as pipeline
-good = pipeline.reparameterize
-def broken(model):
-    model = good(model)
-    model.backbone.conv1.weight.data[0].mul_(1.5)
-    return model
-pipeline.reparameterize = broken
-sys.argv[0] = 'tools/reparam.py'
-runpy.run_path('tools/reparam.py', run_name='__main__')
-'''
-
-
-def test_a_wrong_conversion_is_not_saved(folder, trained):
-    """One channel of the first layer is off."""
-    result = subprocess.run(
-        [sys.executable, '-c', BROKEN, folder / 'config.py',
-         folder / 'train' / 'iter_4.pth', '--work-dir', folder / 'test', '--data-root',
-         folder / 'data', '--out', folder / 'wrong'], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
-    assert 'does not compute the same function, nothing was saved' in result.stderr
-    assert 'features[0] in float32' in result.stderr
-    assert not (folder / 'wrong').exists()
-
-
-def test_the_input_is_not_overwritten(folder, trained):
-    checkpoint = folder / 'train' / 'model.pth'
-    checkpoint.write_bytes((folder / 'train' / 'iter_4.pth').read_bytes())
-    result = subprocess.run(
-        [sys.executable, 'tools/reparam.py', folder / 'config.py', checkpoint, '--out',
-         folder / 'train', '--data-root', folder / 'data'],
-        cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert 'would overwrite the input' in result.stderr
+    assert 'is in training form, but the model is in plain form' in result.stderr
 
 
 def test_two_processes_on_the_cpu(folder):
@@ -179,6 +180,20 @@ def test_two_processes_on_the_cpu(folder):
                  env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '-1'})
     assert 'coco/bbox_mAP' in output
     assert (folder / 'distributed' / 'iter_2.pth').is_file()
+
+
+def test_two_processes_re_parameterize(folder, trained):
+    """Both test; the main one compares and writes."""
+    output = run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2,
+                 'tools/reparam.py', folder / 'config.py', folder / 'train' / 'iter_4.pth',
+                 '--work-dir', folder / 'distributed', '--data-root', folder / 'data',
+                 '--out', folder / 'deployed2', '--latency-rounds', 1, '--launcher', 'pytorch',
+                 env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '-1'})
+    assert output.count('before and after re-parameterization') == 1
+    report = json.loads((folder / 'deployed2' / 'report.json').read_text())
+    assert report['metrics']['deployed'] == pytest.approx(report['metrics']['training'], abs=1e-4)
+    cfg = Config.fromfile(folder / 'deployed2' / 'config.py')
+    assert 'model_wrapper_cfg' not in cfg
 
 
 @pytest.mark.parametrize('tool', sorted(path.name for path in (ROOT / 'tools').glob('*.py')))
