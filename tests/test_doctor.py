@@ -57,6 +57,11 @@ def test_one_package_is_enough(monkeypatch, distribution, fork, module):
     assert doctor.main() == 0
 
 
+def test_what_is_optional_is_named(monkeypatch):
+    assert 'pip install onnx onnxscript' in problems(monkeypatch, {'onnxruntime': None})['ONNX']
+    assert doctor.main() == 0
+
+
 def test_it_starts_where_nothing_is_installed():
     """-S leaves site-packages out: this is a bare Python."""
     result = subprocess.run([sys.executable, '-S', '-m', 'orepa_mm.doctor'], cwd=ROOT,

@@ -1,28 +1,56 @@
-"""Time the OREPA backbone of a config against the stock one that it becomes, in one run."""
+"""Measure what the forms of a config's model cost: training form, deployed, folded, stock."""
 
 import argparse
+import sys
+from pathlib import Path
 
-import torch
+from orepa_mm.checkpoints import CheckpointError
+from orepa_mm.datasets import DataRootError
+from orepa_mm.deploy import NothingToConvertError
+from orepa_mm.deploy.benchmark import benchmark_config
+from orepa_mm.deploy.benchmark_table import print_benchmark, progress_bars
+from orepa_mm.engine import ConfigError, add_config_arguments, load_config
 
-from orepa_mm.deploy import benchmark_backbone
-from orepa_mm.engine import add_config_arguments, load_config
 
-
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('--shape', type=int, nargs=4, default=(2, 3, 416, 544),
-                        metavar=('N', 'C', 'H', 'W'), help='shape of the input')
-    parser.add_argument('--rounds', type=int, default=10, help='timed rounds')
+    add = parser.add_argument
+    add('checkpoint', nargs='?', help='checkpoint file in training form; without it weights are '
+        'random, and only what is said of weight ranges depends on them')
+    add('--shape', type=int, nargs=4, default=(2, 3, 416, 544), metavar=('N', 'C', 'H', 'W'),
+        help='shape of the input')
+    add('--rounds', type=int, default=10, help='timed rounds')
+    add('--warmup', type=int, default=3, help='rounds before them that are not timed')
+    add('--out', metavar='DIR', help='write benchmark.json, weight_ranges.csv and '
+        'weight_ranges.png into this folder')
     args = parser.parse_args()
-    times = benchmark_backbone(load_config(args).model.backbone, tuple(args.shape), args.rounds)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
-    print(f'{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
-          f'input {args.shape}, median of {args.rounds} rounds')
-    for kind in ('training step', 'inference'):
-        ours, stock = times[f'OREPA {kind}'], times[f'stock {kind}']
-        print(f'{kind}: OREPA {ours:.1f} ms, stock {stock:.1f} ms, ratio {ours / stock:.2f}')
+    if min(args.shape) < 1 or args.rounds < 1 or args.warmup < 0:
+        parser.error('--shape and --rounds must be 1 at least, --warmup 0')
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f'--out must be a folder, {args.out} is none')
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    try:
+        cfg = load_config(args)
+        with progress_bars() as progress:
+            benchmark = benchmark_config(cfg, args.checkpoint, tuple(args.shape), args.rounds,
+                                         args.warmup, progress)
+    except (CheckpointError, ConfigError, DataRootError, NothingToConvertError,
+            FileNotFoundError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    print_benchmark(benchmark)
+    if args.out:
+        from orepa_mm.visualization.weight_ranges import write_benchmark  # needs more packages
+
+        for path in write_benchmark(benchmark, Path(args.out)):
+            print(f'saved {path}')
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ from orepa_mm.datasets import DataRootError
 from orepa_mm.deploy import (
     DEPLOYED_FORMS,
     NothingToConvertError,
+    OnnxExportError,
     VerificationError,
     print_report,
     reparameterize_checkpoint,
@@ -57,7 +58,7 @@ def main() -> int:
             onnx=args.onnx, safetensors=args.safetensors, save_unverified=args.save_unverified,
             tta=args.tta, show_dir=args.show_dir, num_images=args.num_images,
             latency_rounds=args.latency_rounds)
-    except (CheckpointError, ConfigError, DataRootError, NothingToConvertError,
+    except (CheckpointError, ConfigError, DataRootError, NothingToConvertError, OnnxExportError,
             VerificationError, ImportError, FileNotFoundError, FileExistsError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1

@@ -1,16 +1,70 @@
-"""What a model costs: parameters, multiply-adds, latency."""
+"""What a model costs: parameters, multiply-adds, file size, memory, latency."""
 
 from __future__ import annotations
 
+import io
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
+import numpy as np
 import torch
-from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..layers import reparam_layers
+
+#: Is told what is being done, how many steps of it are done, and of how many.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of a model that `measure_forms` measures.
+
+    Attributes:
+        model: In eval mode.
+        keep_kernels: Whether layers that generate their kernel may keep it from
+            call to call. If not, they squeeze it anew in every call.
+    """
+
+    model: nn.Module
+    keep_kernels: bool = True
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a form of a model costs.
+
+    Attributes:
+        parameters: Number of parameter values.
+        multiply_adds: Of one call; OpenMMLab's FLOPs.
+        file_bytes: Size of the state dict as `torch.save` writes it.
+        peak_bytes: Weights, input, and what a call allocates on top at its
+            highest point, see `peak_allocation`.
+        latencies_ms: Duration of a call in milliseconds, of every timed round.
+    """
+
+    parameters: int
+    multiply_adds: int
+    file_bytes: int
+    peak_bytes: int
+    latencies_ms: tuple[float, ...]
+
+    @property
+    def latency_ms(self) -> float:
+        """Median duration of a call in milliseconds."""
+        return statistics.median(self.latencies_ms)
+
+    @property
+    def latency_p90_ms(self) -> float:
+        """90th percentile of the duration of a call in milliseconds."""
+        return float(np.percentile(self.latencies_ms, 90))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -36,9 +90,112 @@ def count_multiply_adds(function: Callable[[], object]) -> int:
     return counter.get_total_flops() // 2
 
 
+def count_file_bytes(model: nn.Module) -> int:
+    """Size in bytes of the file that `torch.save` makes of the state dict.
+
+    Args:
+        model: Any module.
+    """
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getbuffer().nbytes
+
+
+def count_tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers.
+
+    Args:
+        model: Any module.
+    """
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def peak_allocation(function: Callable[[], object], device: torch.device | str = 'cpu') -> int:
+    """Most bytes that a call holds at once in tensors that it allocates.
+
+    Counted is what PyTorch's allocator of the device gives and takes back:
+    intermediate and final results, generated kernels, workspaces of operators.
+    Not counted is what was there before (weights, inputs), nor what libraries
+    and Python allocate by themselves.
+
+    Args:
+        function: Called once, without gradients.
+        device: Where it allocates. On a CPU the running sum of the profiler's
+            allocator events is taken, on CUDA the allocator's own peak.
+
+    Returns:
+        Bytes above the level before the call.
+    """
+    device = torch.device(device)
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.no_grad():
+            function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # it would print that it starts and stops
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True,
+                                  acc_events=True) as profiler:
+        function()
+    changes = sorted((event.start_ns(), number, event.nbytes()) for number, event
+                     in enumerate(profiler.profiler.kineto_results.events())
+                     if event.name() == '[memory]')
+    return max(accumulate(change for *_, change in changes), default=0)
+
+
+def forget_kernels(model: nn.Module) -> None:
+    """Let every layer that generates its kernel squeeze it anew at the next call.
+
+    `model.eval()` does so as well, but not in frozen layers.
+
+    Args:
+        model: Any module.
+    """
+    for layer in reparam_layers(model):
+        layer.to(next(layer.parameters()).device)  # where it is; a move drops what was kept
+
+
+def time_calls(functions: Mapping[str, Callable[[], object]], rounds: int = 20, warmup: int = 3,
+               prepare: Mapping[str, Callable[[], object]] | None = None,
+               progress: Callable[[int, int], None] | None = None) -> dict[str, list[float]]:
+    """Time several functions in turns, so that all see the same machine.
+
+    In every round each is called once; the one that begins moves on by one.
+
+    Args:
+        functions: What to time, by name.
+        rounds: Timed rounds.
+        warmup: Rounds before them that are not timed.
+        prepare: What to call before a function of that name, untimed.
+        progress: Told after every round how many are done, and of how many.
+
+    Returns:
+        Durations in milliseconds, one per timed round, by name.
+    """
+    names, prepare = list(functions), prepare or {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(warmup + rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if name in prepare:
+                prepare[name]()
+            _synchronize()
+            start = time.perf_counter()
+            functions[name]()
+            _synchronize()
+            duration = (time.perf_counter() - start) * 1000
+            if number >= warmup:
+                times[name].append(duration)
+        if progress is not None:
+            progress(number + 1, warmup + rounds)
+    return times
+
+
 def measure_latency(functions: Mapping[str, Callable[[], object]], repeats: int = 20,
                     warmup: int = 3) -> dict[str, float]:
-    """Median duration of several calls, taken in turns so that all see the same machine.
+    """Median duration of several calls, see `time_calls`.
 
     Args:
         functions: What to time, by name.
@@ -48,54 +205,63 @@ def measure_latency(functions: Mapping[str, Callable[[], object]], repeats: int 
     Returns:
         Median duration of each in milliseconds.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(warmup + repeats):
-        for name, function in functions.items():
-            _synchronize()
-            start = time.perf_counter()
-            function()
-            _synchronize()
-            if round_number >= warmup:
-                times[name].append((time.perf_counter() - start) * 1000)
+    times = time_calls(functions, repeats, warmup)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def benchmark_backbone(backbone_cfg: dict, input_shape: tuple[int, int, int, int],
-                       repeats: int = 10) -> dict[str, float]:
-    """Time an OREPA backbone against the stock one that it becomes, in one run.
+def measure_forms(forms: Mapping[str, Form], run: Callable[[nn.Module], object], inputs: Tensor,
+                  rounds: int = 20, warmup: int = 3, progress: Progress | None = None
+                  ) -> dict[str, Cost]:
+    """Measure what several forms of a model cost, timed in turns.
 
     Args:
-        backbone_cfg: Config of an OREPA backbone.
-        input_shape: `(N, 3, H, W)`.
-        repeats: Timed rounds.
-
-    Returns:
-        Median durations in milliseconds of a training step (forward and
-        backward) and of inference, of both.
+        forms: The forms by name, all on the device of `inputs`.
+        run: Runs a model on `inputs`.
+        inputs: Counted into the peak memory.
+        rounds: Timed rounds.
+        warmup: Rounds before them that are not timed.
+        progress: Told after every step.
     """
-    cfg = {**backbone_cfg, 'init_cfg': None}
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    forms = {'OREPA': MODELS.build(cfg).to(device),
-             'stock': MODELS.build({**cfg, 'deploy': True}).to(device)}
-    x = torch.randn(input_shape, device=device)
+    counts: dict[str, tuple[int, int, int, int]] = {}
+    for number, (name, form) in enumerate(forms.items(), 1):
+        forget_kernels(form.model)
 
-    def train_step(backbone: nn.Module) -> None:
-        backbone.train()
-        sum(feature.mean() for feature in backbone(x)).backward()
-        backbone.zero_grad(set_to_none=True)
+        def call(form: Form = form) -> None:
+            run(form.model)
+            if form.keep_kernels:  # the first call squeezes, the second finds all kernels kept
+                run(form.model)
 
-    def infer(backbone: nn.Module) -> None:
         with torch.no_grad():
-            backbone(x)
+            run(form.model)  # what a library sets up once belongs to no form
+        if not form.keep_kernels:
+            forget_kernels(form.model)
+        multiply_adds = count_multiply_adds(partial(run, form.model))
+        forget_kernels(form.model)
+        peak = peak_allocation(call, inputs.device)
+        counts[name] = (count_parameters(form.model), multiply_adds, count_file_bytes(form.model),
+                        count_tensor_bytes(form.model) + inputs.nbytes + peak)
+        if progress is not None:
+            progress('counting operations and memory', number, len(forms))
+    with torch.no_grad():
+        times = time_calls(
+            {name: partial(run, form.model) for name, form in forms.items()}, rounds, warmup,
+            {name: partial(forget_kernels, form.model)
+             for name, form in forms.items() if not form.keep_kernels},
+            progress and partial(progress, 'timing inference'))
+    return {name: Cost(*counts[name], tuple(times[name])) for name in forms}
 
-    result = measure_latency(
-        {f'{name} training step': partial(train_step, backbone)
-         for name, backbone in forms.items()}, repeats)
-    for backbone in forms.values():
-        backbone.eval()
-    return {**result, **measure_latency(
-        {f'{name} inference': partial(infer, backbone)
-         for name, backbone in forms.items()}, repeats)}
+
+def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over the rounds of the ratio of two durations of the same round.
+
+    A machine that slows down for a while slows both down; the ratio of their
+    medians would show it.
+
+    Args:
+        times: One per round, from `time_calls`.
+        reference: Of the same rounds.
+    """
+    return statistics.median(one / other for one, other in zip(times, reference, strict=True))
 
 
 def _synchronize() -> None:

@@ -34,8 +34,9 @@ from ..engine import (
 )
 from ..version import __version__
 from .export import deploy_config, require_safetensors, save_deployed
-from .measure import count_multiply_adds, count_parameters, measure_latency
+from .measure import count_multiply_adds, count_parameters, forget_kernels, measure_latency
 from .metrics import changed_metrics, tested_metrics
+from .onnx import compare_onnx, export_onnx, require_onnx
 from .reparameterize import is_training_form, reparameterize
 from .summary import FORMS
 from .verify import VerificationReport, exact_float32, verify
@@ -86,12 +87,12 @@ def reparameterize_checkpoint(
         NothingToConvertError: If the model has nothing to re-parameterize.
         VerificationError: If outputs or a metric of the two forms differ.
         FileExistsError: If the output would overwrite the checkpoint.
+        OnnxExportError: If the model has no ONNX form.
         ImportError: If what ONNX or safetensors needs is not installed.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     _require_files(folder, checkpoint)
     if onnx:
-        from .onnx import require_onnx  # PENDING
         require_onnx()
     if safetensors:
         require_safetensors()
@@ -116,6 +117,13 @@ def reparameterize_checkpoint(
         report['file_bytes'] = {'training': checkpoint.stat().st_size,
                                 'deployed': (temporary / 'model.pth').stat().st_size}
         report['dropped_bytes'] = on_main_process(lambda: _dropped(checkpoint))
+        if onnx:  # before the test, which takes longer
+            report['onnx'], different = on_main_process(
+                lambda: _exported(after, batches, temporary, meta))
+            problems += different
+            if problems and not save_unverified:
+                raise VerificationError('the ONNX file does not compute the same, nothing was '
+                                        'saved.\n' + '\n'.join(problems))
         if test:
             report['metrics'] = _tested(runner, cfg, temporary, tta, show_dir)
             problems += changed_metrics(report['metrics'])
@@ -126,13 +134,6 @@ def reparameterize_checkpoint(
                     f'outputs agree on {num_images} images, the largest error is '
                     f'{max(error["error"] for error in largest):.1e}: no layer differs by more '
                     'than rounding there. More images (--num-images) may show one.')
-        if onnx:
-            report['onnx'], failures = on_main_process(
-                lambda: _exported(after, batches, temporary, meta))
-            problems += failures
-            if problems and not save_unverified:
-                raise VerificationError('the ONNX file does not compute the same, nothing was '
-                                        'saved.\n' + '\n'.join(problems))
         report['problems'] = problems
         meta.update(verified=not problems, metrics=report.get('metrics', {}).get('deployed'))
 
@@ -291,7 +292,7 @@ def _costs(before: nn.Module, after: nn.Module, batch: dict, rounds: int) -> dic
         return model(batch['inputs'], samples, mode='predict')
 
     def squeeze_and_predict(model: nn.Module) -> object:
-        model.eval()  # drops the kept kernels
+        forget_kernels(model)
         return predict(model)
 
     multiply_adds = {
@@ -308,7 +309,14 @@ def _costs(before: nn.Module, after: nn.Module, batch: dict, rounds: int) -> dic
 
 def _exported(model: nn.Module, batches: list[dict], folder: Path, meta: Mapping[str, Any]
               ) -> tuple[dict[str, Any], list[str]]:
-    """PENDING."""
+    """Write ONNX; what is in it, how it compares with PyTorch, and what is wrong with it."""
+    print_log('exporting to ONNX', 'current')
+    exported = export_onnx(model, batches[0], folder / 'model.onnx', meta={
+        key: meta[key] for key in ('form', 'source', 'source_sha256', 'versions', 'verified')})
+    print_log('comparing ONNX Runtime with PyTorch', 'current')
+    comparison = compare_onnx(model, batches, folder / 'model.onnx')
+    report = {**exported.as_dict(), **comparison.as_dict(), 'largest': comparison.largest}
+    return report, [] if comparison.passed else [comparison.explain()]
 
 
 def _device_name(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ def print_report(report: dict[str, Any], folder: str | Path) -> None:
         report: From `reparameterize_checkpoint`.
         folder: Where it wrote.
     """
-    console, folder = Console(), Path(folder)
+    console, folder = Console(width=None if sys.stdout.isatty() else 100), Path(folder)
     table = Table(title='before and after re-parameterization')
-    for heading, justify in (('', 'left'), ('training form', 'right'),
-                             (f'deployed ({report["form"]})', 'right')):
-        table.add_column(heading, justify=justify)
+    table.add_column('', no_wrap=True)
+    for heading in ('training form', f'deployed ({report["form"]})'):
+        table.add_column(heading, justify='right')
     for row in report_rows(report):
         table.add_row(*row)
     console.print(table)
@@ -39,8 +40,11 @@ def print_report(report: dict[str, Any], folder: str | Path) -> None:
     print(f'saved {folder / "model.pth"} and {folder / "config.py"}: {needs}:\n'
           f'  mim test {report["package"]} {folder / "config.py"} --checkpoint '
           f'{folder / "model.pth"}')
-    for name in report.get('onnx', {}).get('files', ()):
-        print(f'saved {folder / name}')
+    if 'onnx' in report:
+        files = ', '.join(str(folder / name) for name in report['onnx']['files'])
+        print(f'saved {files}: preprocessed images to raw outputs, any number of images'
+              + (' of any size' if report['onnx']['dynamic_size'] else ' of one size '
+                 f'({report["onnx"]["reason"]})'))
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -65,4 +69,11 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
                      f'{report["latency_ms"]["squeezing"]:.1f}', ''))
     for dtype, error in report['largest_difference'].items():
         rows.append((f'largest relative output difference, {dtype}', '', f'{error:.1e}'))
+    if 'onnx' in report:
+        rows.append(('the same of ONNX Runtime to PyTorch, float32', '',
+                     f'{report["onnx"]["largest"]:.1e}'))
+        boxes = report['onnx']['boxes']
+        if boxes:
+            rows.append(('final boxes that ONNX Runtime finds as well', '',
+                         f'{boxes["matched"]} of {boxes["boxes"]}'))
     return rows

@@ -8,8 +8,6 @@ from pathlib import Path
 import mmcv
 import numpy as np
 from matplotlib.figure import Figure
-from mmdet.apis import inference_detector, init_detector
-from mmdet.registry import VISUALIZERS
 from torch import nn
 
 #: Smaller images are enlarged to this width in pixels before boxes are drawn.
@@ -42,12 +40,17 @@ def load_forms(training: tuple[Path, Path], deployed: tuple[Path, Path]) -> dict
         training: Config and checkpoint in training form.
         deployed: Config and checkpoint in deploy form.
     """
+    from mmdet.apis import init_detector  # the package's other pictures do without MMDetection
+
     return {name: init_detector(str(config), str(checkpoint), palette='random', device='cpu')
             for name, (config, checkpoint) in (('training form', training),
                                                ('deployed', deployed))}
 
 
 def _drawn(model: nn.Module, path: str | Path, score_threshold: float) -> np.ndarray:
+    from mmdet.apis import inference_detector
+    from mmdet.registry import VISUALIZERS
+
     image = mmcv.imread(str(path), channel_order='rgb')
     result = inference_detector(model, str(path))
     factor = _DRAWN_WIDTH / image.shape[1]

@@ -1,8 +1,11 @@
 """From a checkpoint file to deployed files: what is written, and when nothing is."""
 
 import argparse
+import copy
 import json
+import sys
 
+import onnx
 import pytest
 import torch
 from helpers import ROOT, relative_error, vary_scales
@@ -157,6 +160,48 @@ def test_folded(folder, plain):
         load_weights(stock, folder / 'folded' / 'model.pth')
     with pytest.raises(CheckpointError, match=r'is in plain form.*in folded form'):
         load_weights(model, plain[1] / 'model.pth')
+
+
+def test_onnx(folder, capsys):
+    report = deploy(folder, folder / 'onnx', onnx=True, test=False, form='folded')
+    assert sorted(p.name for p in (folder / 'onnx').iterdir()) == [
+        'config.py', 'model.onnx', 'model.pth', 'report.json']
+    assert report['onnx']['passed']
+    assert report['onnx']['boxes']['matched'] > 0
+    assert report['onnx']['inputs']['network']['inputs'][0] == 'batch'
+    properties = {entry.key: entry.value
+                  for entry in onnx.load(folder / 'onnx' / 'model.onnx').metadata_props}
+    assert properties['source_sha256'] == pipeline.sha256(folder / 'iter_5.pth')
+    assert (properties['form'], json.loads(properties['verified'])) == ('folded', True)
+    print_report(report, folder / 'onnx')
+    assert 'final boxes that ONNX Runtime finds as well' in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r'holds model\.onnx of an earlier run'):
+        deploy(folder, folder / 'onnx')
+
+
+def test_a_wrong_onnx_is_not_saved(folder, monkeypatch):
+    good = pipeline.export_onnx
+
+    def wrong(model, *args, **kwargs):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.neck.fpn_convs[0].conv.bias.add_(1)
+        return good(model, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, 'export_onnx', wrong)
+    with pytest.raises(VerificationError, match=r'(?s)ONNX file does not compute the same.*'
+                       'nothing was saved.*cls_scores_0'):
+        deploy(folder, folder / 'wrong_onnx', onnx=True)
+    assert not (folder / 'wrong_onnx').exists()
+
+
+@pytest.mark.parametrize(('option', 'module'), [('onnx', 'onnxruntime'),
+                                                ('safetensors', 'safetensors.torch')])
+def test_what_is_not_installed_is_named_before_long_work(folder, monkeypatch, option, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(pipeline, 'build_test_runner', None)
+    with pytest.raises(ImportError, match=f'pip install .*{module.partition(".")[0]}'):
+        deploy(folder, folder / 'missing', **{option: True})
 
 
 @pytest.fixture
