@@ -29,8 +29,9 @@ $(DEMO)/deployed/report.json: $(DEMO)/train/iter_400.pth
 $(DEMO)/report.html: $(DEMO)/deployed/report.json
 	$(MIM) run orepa_mm report $(DEMO)/train $(DEMO)/deployed --out $@
 
+# Two processes of one thread each: most of the time goes into starting tools.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
