@@ -122,14 +122,12 @@ def _mismatch_of_folding(model: nn.Module, keys: Collection[str]) -> tuple[str, 
     for name in _folded_norms(model):
         if f'{name}.running_mean' in keys:
             return 'plain', 'folded', name
-    extra, missing = [], 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.bias is None and f'{name}.bias' in keys:
-            extra.append(name)
-        elif isinstance(module, _BatchNorm) and f'{name}.running_mean' not in keys:
-            missing += 1
-    # a BN is missing for each bias that is too much
-    return ('folded', 'plain', extra[0]) if extra and missing >= len(extra) else None
+    if any(key.endswith('.running_mean') for key in keys):
+        return None  # a stock model of which some convolutions have a bias, where ours have a BN
+    missing = any(isinstance(module, _BatchNorm) for module in model.modules())
+    extra = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
+                  and module.bias is None and f'{name}.bias' in keys), None)
+    return ('folded', 'plain', extra) if missing and extra is not None else None
 
 
 def _folded_norms(model: nn.Module) -> list[str]:

@@ -138,6 +138,8 @@ def _stock_model(value: Any, registry: Registry) -> Any:
         return value
     result = {key: _stock_model(item, registry) for key, item in value.items()
               if not (key == 'conv_cfg' and _our_type(item, registry))}
+    if isinstance(result.get('init_cfg'), dict) and result['init_cfg'].get('type') == 'Pretrained':
+        result['init_cfg'] = None  # of the training form
     ours = _our_type(value, registry)
     if ours is not None:
         if not hasattr(ours, 'stock_cfg'):

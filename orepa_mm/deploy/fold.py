@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from mmcv.cnn.bricks.wrappers import Conv2d
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,10 +26,14 @@ def fold_batch_norm(model: nn.Module) -> int:
     What the model computes in eval mode stays; trained further, it would have
     no BN.
 
-    Not folded is a BN that does not follow a convolution (after another layer,
-    a deformable convolution, or as `ConvModule(order=...)` says), one without
-    running statistics, and one of which either side is shared: a head whose
-    levels share convolutions but not the BN has no folded form.
+    Not folded is a BN that does not follow a stock convolution (after another
+    layer, a deformable or weight-standardised convolution, or as
+    `ConvModule(order=...)` says), one without running statistics, one with an
+    activation of its own, one of which either side has hooks or a
+    parametrization, and one of which either side is shared: a head whose levels
+    share convolutions but not the BN has no folded form. What follows in the
+    order of registration is taken to follow in that of execution: `verify`
+    tells where that is wrong.
 
     Args:
         model: Any module, without layers that still generate their kernel.
@@ -75,13 +80,24 @@ def build_bn_folded(model_type: str, **cfg: Any) -> nn.Module:
 
 def _follows(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:
     """Whether `norm` is a BN over what `conv` gives."""
-    if not (isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm)):
+    if not (_computes_as(conv, nn.Conv2d, Conv2d)
+            and _computes_as(norm, _BatchNorm, nn.SyncBatchNorm)):
         return False
     order = getattr(parent, 'order', None)  # of mmcv's ConvModule
     if isinstance(order, tuple) and {'conv', 'norm'} <= set(order) and (
             order.index('norm') != order.index('conv') + 1):
         return False
     return conv.out_channels == norm.num_features and norm.running_mean is not None
+
+
+def _computes_as(layer: nn.Module, *stock: type[nn.Module]) -> bool:
+    """Whether a layer is one of these, or a subclass that computes the same, and nothing else."""
+    return (isinstance(layer, stock)
+            and type(layer).forward in [kind.forward for kind in stock]
+            and getattr(type(layer), '_conv_forward', None) in (
+                None, nn.Conv2d._conv_forward)
+            and not (layer._forward_hooks or layer._forward_pre_hooks
+                     or hasattr(layer, 'parametrizations')))
 
 
 def _fused(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import ReparamConv2d
+from ..layers import ReparamConv2d, reparam_layers
 from .reparameterize import unwrapped
 
 #: Largest scale-relative error that counts as equal. In float32 the two forms
@@ -61,12 +61,15 @@ class VerificationReport:
             execution, whose output does, e.g. `backbone.layer1.0.conv2`. None
             where they agree, or where no layer that both forms have differs.
         failure: What the model after failed with, where it did not run at all.
+        not_run: Layers with branches that no raw output depends on, e.g. of an
+            auxiliary head: nothing is proven of them.
     """
 
     errors: tuple[OutputError, ...]
     unconverted: tuple[str, ...] = ()
     first_difference: str | None = None
     failure: str | None = None
+    not_run: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -82,7 +85,8 @@ class VerificationReport:
         """What failed, how much and where; or that all is equal."""
         lines = []
         if not self.errors:
-            lines.append('there was no input to compare the two forms on')
+            lines.append('there was no input to compare the two forms on, or no tensor came out of '
+                         'it that is not zero')
         if self.unconverted:
             lines.append(f'not converted: {", ".join(self.unconverted)}')
         if self.failure:
@@ -98,12 +102,17 @@ class VerificationReport:
             lines.append(f'the difference starts in the layer {self.first_difference}'
                          if self.first_difference else
                          'no layer that both forms have differs by itself')
-        return '\n'.join(lines) or 'the raw outputs of both forms agree'
+        if not lines:
+            lines.append('the raw outputs of both forms agree')
+        if self.not_run:
+            lines.append(f'no raw output depends on: {", ".join(self.not_run)}')
+        return '\n'.join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types only, for a file."""
         return {'passed': self.passed, 'unconverted': list(self.unconverted),
                 'first_difference': self.first_difference, 'failure': self.failure,
+                'not_run': list(self.not_run),
                 'errors': [asdict(error) for error in self.errors]}
 
 
@@ -132,6 +141,11 @@ def verify(before: nn.Module, after: nn.Module,
     pairs['float64'] = (_frozen(before, torch.float64), _frozen(after, torch.float64))
     tolerances = _tolerances(after)
     first_difference = failure = None
+    idle = set(_layers_with_branches(before))
+    for name in idle:
+        pairs['float32'][0].get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: called.add(name))
+    called: set[str] = set()
     with torch.no_grad(), exact_float32():
         for batch in _batches(inputs):
             proposals = own_proposals(pairs['float32'][0], batch)
@@ -140,9 +154,11 @@ def verify(before: nn.Module, after: nn.Module,
                 expected = raw_outputs(one, batch, proposals)
                 try:
                     found = raw_outputs(other, batch, proposals)
-                except RuntimeError as error:  # a shape that does not fit, for example
-                    found, failure = {}, str(error)
+                except Exception as error:  # a shape that does not fit, for example
+                    found, failure = {}, str(error) or type(error).__name__
                 for name in expected.keys() | found.keys():
+                    if _is_zero(expected.get(name)) and _is_zero(found.get(name)):
+                        continue  # dead in both: proves nothing
                     error = scale_relative_error(expected.get(name), found.get(name))
                     errors[name, dtype] = max(error, errors.get((name, dtype), 0.0))
                     failed |= not error <= tolerances[dtype]
@@ -150,12 +166,11 @@ def verify(before: nn.Module, after: nn.Module,
                 first_difference = first_differing_layer(
                     *pairs['float64'], lambda model: raw_outputs(model, batch, proposals),  # noqa: B023
                     tolerances['float64'])
-    unconverted = tuple(name for name, module in after.named_modules()
-                        if isinstance(module, ReparamConv2d))
+    unconverted = tuple(_layers_with_branches(after))
     return VerificationReport(
         tuple(OutputError(name, dtype, error, tolerances[dtype])
               for (name, dtype), error in sorted(errors.items())),
-        unconverted, first_difference, failure)
+        unconverted, first_difference, failure, tuple(sorted(idle - called)))
 
 
 def first_differing_layer(before: nn.Module, after: nn.Module, run: Callable[[nn.Module], object],
@@ -211,12 +226,21 @@ def _recorded(model: nn.Module, names: Collection[str], run: Callable[[nn.Module
         lambda module, args, output, name=name: record(name, output)) for name in names]
     try:
         run(model)
-    except RuntimeError:
+    except Exception:
         pass  # what ran until then says where it starts
     finally:
         for hook in hooks:
             hook.remove()
     return outputs
+
+
+def _layers_with_branches(model: nn.Module) -> list[str]:
+    layers = set(reparam_layers(model))
+    return [name for name, module in model.named_modules() if module in layers]
+
+
+def _is_zero(output: Tensor | None) -> bool:
+    return output is not None and not output.any()
 
 
 def _has_bias(layer: nn.Module) -> bool:

@@ -212,14 +212,17 @@ def with_tta(cfg: Config) -> Config:
         A new config.
 
     Raises:
-        ConfigError: If a segmentor's config has none: which scales to take
-            depends on the data.
+        ConfigError: If a segmentor's config has none (which scales to take
+            depends on the data), or several data sets are joined.
     """
     cfg = copy.deepcopy(cfg)
     scope = cfg.get('default_scope')
     dataset = cfg.test_dataloader.dataset
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset.dataset
+    if 'pipeline' not in dataset:
+        raise ConfigError(f'--tta does not know where the pipeline of a {dataset.type} is: set '
+                          'test_dataloader to a single data set')
     if scope in _FLIP_TTA:
         cfg.setdefault('tta_model', copy.deepcopy(_FLIP_TTA[scope]))
     if scope in _FLIP_TTA and 'tta_pipeline' not in cfg:

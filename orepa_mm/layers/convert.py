@@ -82,5 +82,7 @@ def adjacent_children(model: nn.Module
     inside = {module for layer in reparam_layers(model) for module in layer.modules()}
     for parent in list(model.modules()):
         if parent not in inside:
-            for (first_name, first), (name, second) in pairwise(list(parent.named_children())):
+            # not named_children(): that leaves out a child that was there before
+            children = [item for item in parent._modules.items() if item[1] is not None]
+            for (first_name, first), (name, second) in pairwise(children):
                 yield parent, first_name, first, name, second

@@ -2,6 +2,7 @@
 
 import copy
 
+import mmengine.runner
 import pytest
 import torch
 from helpers import golden, needs_golden, randomize
@@ -70,7 +71,8 @@ def test_every_pair_of_forms(backbone, theirs, ours, tmp_path):
     model = detector(backbone, ours)
     before = snapshot(model)
     # MMEngine's function behind load_from, init_detector and the inferencers; and our tools'
-    for load in (lambda: load_checkpoint(model, str(path)), lambda: load_weights(model, path)):
+    for load in (lambda: load_checkpoint(model, str(path)), lambda: load_weights(model, path),
+                 lambda: mmengine.runner.load_state_dict(model, state)):
         if theirs == ours:
             load()
             assert all(torch.equal(value, state[key])
@@ -134,5 +136,10 @@ def test_what_is_no_mismatch_loads():
     plain = weights('OREPAResNet', 'plain')
     require_same_form(detector('OREPAResNet', 'plain'),
                       {k: v for k, v in plain.items() if 'running' not in k})
+    # fine-tuning with a BN where there was a bias
+    normed = MODELS.build(dict(
+        type='RetinaNet', backbone=dict(type='ResNet', **BACKBONES['OREPAResNet']),
+        neck={**NECK, 'norm_cfg': dict(type='BN')}, bbox_head=HEAD))
+    require_same_form(normed, plain)
     stock = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.GroupNorm(2, 4))
     require_same_form(stock, {'0.weight': torch.zeros(4, 3, 3, 3), '0.bias': torch.zeros(4)})

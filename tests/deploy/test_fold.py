@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import randomize, relative_error
-from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmcv.cnn import ConvModule, ConvWS2d, fuse_conv_bn
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from torch import nn
@@ -45,7 +45,33 @@ def test_against_mmcv():
     assert mine.state_dict().keys() == theirs.state_dict().keys()
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """As timm has it: a BN with an activation of its own."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def with_hook():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def activation_twice():
+    act = nn.ReLU()
+    return nn.Sequential(act, nn.Conv2d(3, 4, 3), act, nn.BatchNorm2d(4))
+
+
 NOT_FOLDED = {
+    'weight standardisation': lambda: nn.Sequential(ConvWS2d(3, 4, 3), nn.BatchNorm2d(4)),
+    'activation in the BN': lambda: nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4)),
+    'a hook': with_hook,
+    'weight norm': lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
+    'spectral norm of old': lambda: nn.Sequential(
+        nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
+    'the same activation twice': activation_twice,
     'a layer between': lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),
     'BN first': lambda: ConvModule(3, 3, 3, norm_cfg=dict(type='BN'),
                                    order=('norm', 'conv', 'act')),
@@ -99,6 +125,13 @@ def test_everything_else_is_kept(training):
     exact = folded(copy.deepcopy(model).double())[0]
     assert torch.equal(after[0].weight, exact[0].weight.bfloat16())  # rounded once
     assert torch.equal(after[0].bias, exact[0].bias.bfloat16())
+
+
+@pytest.mark.parametrize('trainable', [0, 1])
+def test_what_either_side_trains_is_trained(trainable):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1 - trainable].requires_grad_(False)
+    assert all(p.requires_grad for p in folded(model)[0].parameters())
 
 
 def test_together_with_re_parameterization():

@@ -10,6 +10,7 @@ from mmdet.utils import register_all_modules
 from torch import nn
 
 from orepa_mm.deploy import reparameterize, verify
+from orepa_mm.deploy.verify import scale_relative_error
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 
 
@@ -187,3 +188,68 @@ def test_a_single_layer():
     assert verify(layer, conv, images()).passed
     conv.weight.data[0, 0, 0, 0] += 1
     assert 'starts in the layer itself' in verify(layer, conv, images()).explain()
+
+
+@pytest.mark.parametrize(('factor', 'failing'), [
+    (1 + 5e-4, {'float32', 'float64'}), (1 + 5e-5, {'float64'}), (1 + 2e-6, set())])
+def test_how_much_is_let_pass(detector, factor, failing):
+    before = detector()
+    after = reparameterize(before)
+    with torch.no_grad():
+        after.bbox_head.retina_reg.weight.mul_(factor)
+        after.bbox_head.retina_reg.bias.mul_(factor)
+    report = verify(before, after, batch())
+    assert {error.dtype for error in report.errors if not error.passed} == failing
+    assert report.passed is (not failing)
+
+
+def test_half_precision_is_let_pass_what_it_rounds(detector):
+    before = detector().bfloat16()
+    after = reparameterize(before)
+    assert verify(before, after, batch()).passed
+    after.bbox_head.retina_reg.weight.data.mul_(1.25)
+    assert not verify(before, after, batch()).passed
+
+
+def test_every_batch_counts(detector):
+    """The largest error of all batches; the layer of the first that differs."""
+    before = detector()
+    after = reparameterize(before)
+    after.backbone.layer2[0].conv2.weight.data.mul_(1.5)
+    dark = {**batch(), 'inputs': torch.zeros(1, 3, 64, 64)}
+    one, other = (verify(before, after, batches) for batches in ([batch()], [dark]))
+    both = verify(before, after, [batch(), dark])
+    assert not both.passed
+    assert both.first_difference == LAYER
+    for dtype in ('float32', 'float64'):
+        assert both.largest(dtype).error == max(e.error for e in both.errors if e.dtype == dtype)
+        assert both.largest(dtype).error >= other.largest(dtype).error
+    assert not one.passed
+
+
+@pytest.mark.parametrize(('expected', 'found', 'error'), [
+    ([1.0, -4.0], [1.0, -3.0], 0.25), ([0.1, 0.2], [0.1, 0.3], 0.5), ([0.0], [0.0], 0.0),
+    ([0.0], [1e-9], float('inf')), ([1.0, float('nan')], [1.0, float('nan')], float('inf')),
+    ([1.0, float('inf')], [1.0, float('inf')], float('inf')),
+    ([1.0, 2.0], [1.0, float('nan')], float('inf')), ([1.0], [1.0, 1.0], float('inf'))])
+def test_scale_relative_error(expected, found, error):
+    assert scale_relative_error(torch.tensor(expected), torch.tensor(found)) == pytest.approx(error)
+
+
+def test_outputs_that_are_zero_prove_nothing():
+    before = nn.Sequential(OREPAConv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        before[1].weight.zero_()
+        before[1].bias.zero_()
+    report = verify(before, reparameterize(before), images())
+    assert not report.passed
+    assert 'that is not zero' in report.explain()
+
+
+def test_layers_that_no_output_depends_on_are_named(detector):
+    before = detector()
+    before.auxiliary_head = OREPAConv2d(8, 4, 3)
+    report = verify(before, reparameterize(before), batch())
+    assert report.passed
+    assert report.not_run == ('auxiliary_head',)
+    assert 'no raw output depends on: auxiliary_head' in report.explain()
