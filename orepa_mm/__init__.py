@@ -1,24 +1,41 @@
 """OREPA (Online Convolutional Re-parameterization, CVPR 2022) for OpenMMLab.
 
 Importing the package registers its conv layer types, backbones, optimizer
-constructor and hook; it lets the runner's own checkpoints pass PyTorch's safe
-loading, and MMEngine refuse a checkpoint of the other form. A missing or broken
-dependency is named in a warning, so that `python -m orepa_mm.doctor`, which
-says what to do, always starts.
+constructor and hooks; it lets the runner's own checkpoints pass PyTorch's safe
+loading, and MMEngine refuse a checkpoint of the other form. No toolbox is
+loaded: the backbones join a toolbox's registry when that is first used. A
+missing or broken dependency is named in a warning, so that
+`python -m orepa_mm.doctor`, which says what to do, always starts.
 """
 
 import importlib
 import warnings
+from typing import Any
 
 from .version import __version__
 
-__all__ = ['__version__']
+__all__ = ['__version__', 'reparameterize', 'verify']
+
+#: Public names, and the rooms that they are loaded from when they are first used.
+_ROOMS = {'reparameterize': 'reparam', 'verify': 'reparam'}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(importlib.import_module(f'{__name__}.{_ROOMS[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})
 
 
 def _register() -> None:
     failures = []
     for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones',
-                   'orepa_mm.engine', 'orepa_mm.deploy.fold'):
+                   'orepa_mm.engine', 'orepa_mm.reparam'):
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises

@@ -11,12 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from orepa_mm.layers import (
-    OREPAConv1x1,
-    OREPAConv2d,
-    OREPARepVGGConv2d,
-    OREPAStemConv2d,
-)
+from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, OREPAStemConv2d
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'

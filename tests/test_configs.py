@@ -13,9 +13,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from orepa_mm.deploy import deploy_config, is_training_form, reparameterize
-from orepa_mm.deploy.verify import own_proposals, raw_outputs
+from orepa_mm.export import deploy_config
 from orepa_mm.layers import reparam_layers
+from orepa_mm.reparam import is_training_form, reparameterize
+from orepa_mm.reparam.verify import own_proposals, raw_outputs
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py')
                  if path.parent.name != '_base_')

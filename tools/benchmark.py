@@ -4,12 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from orepa_mm.checkpoints import CheckpointError
-from orepa_mm.datasets import DataRootError
-from orepa_mm.deploy import NothingToConvertError
-from orepa_mm.deploy.benchmark import benchmark_config
-from orepa_mm.deploy.benchmark_table import print_benchmark, progress_bars
-from orepa_mm.engine import ConfigError, add_config_arguments, load_config
+from orepa_mm.analysis.benchmark import benchmark_config
+from orepa_mm.analysis.benchmark_table import print_benchmark, progress_bars
+from orepa_mm.engine import add_config_arguments, load_config
+from orepa_mm.errors import CheckpointError, ConfigError, DataRootError, NothingToConvertError
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,7 +43,7 @@ def main() -> int:
         return 1
     print_benchmark(benchmark)
     if args.out:
-        from orepa_mm.visualization.weight_ranges import write_benchmark  # needs more packages
+        from orepa_mm.analysis.weight_range_figure import write_benchmark  # needs more packages
 
         for path in write_benchmark(benchmark, Path(args.out)):
             print(f'saved {path}')

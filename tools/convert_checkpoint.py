@@ -3,8 +3,9 @@
 import argparse
 import sys
 
-from orepa_mm.checkpoints import PUBLISHED, CheckpointError
-from orepa_mm.deploy import CONVERTED_FORMS, convert_checkpoint_file
+from orepa_mm.checkpoints import PUBLISHED
+from orepa_mm.errors import CheckpointError
+from orepa_mm.export import CONVERTED_FORMS, convert_checkpoint_file
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 
-from orepa_mm.checkpoints import CheckpointError
-from orepa_mm.datasets import DataRootError
-from orepa_mm.deploy import (
-    DEPLOYED_FORMS,
+from orepa_mm.engine import add_config_arguments, load_config
+from orepa_mm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataRootError,
     NothingToConvertError,
     OnnxExportError,
     VerificationError,
-    print_report,
-    reparameterize_checkpoint,
 )
-from orepa_mm.engine import ConfigError, add_config_arguments, load_config
+from orepa_mm.export import DEPLOYED_FORMS
+from orepa_mm.workflow import print_report, reparameterize_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from orepa_mm.visualization import write_report
+from orepa_mm.workflow import write_report
 
 
 def main() -> None:

@@ -3,10 +3,7 @@
 import argparse
 import sys
 
-from orepa_mm.checkpoints import CheckpointError
-from orepa_mm.datasets import DataRootError
 from orepa_mm.engine import (
-    ConfigError,
     add_config_arguments,
     build_test_runner,
     dump_predictions,
@@ -14,6 +11,7 @@ from orepa_mm.engine import (
     show_predictions,
     with_tta,
 )
+from orepa_mm.errors import CheckpointError, ConfigError, DataRootError
 
 
 def parse_args() -> argparse.Namespace:

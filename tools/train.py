@@ -3,15 +3,8 @@
 import argparse
 import sys
 
-from orepa_mm.checkpoints import CheckpointError
-from orepa_mm.datasets import DataRootError
-from orepa_mm.engine import (
-    ConfigError,
-    add_config_arguments,
-    build_runner,
-    check_pretrained,
-    load_config,
-)
+from orepa_mm.engine import add_config_arguments, build_runner, check_pretrained, load_config
+from orepa_mm.errors import CheckpointError, ConfigError, DataRootError
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,11 +1,10 @@
-"""The re-parameterizable backbones for MMPretrain, and RepVGG for all three packages."""
+"""The re-parameterizable backbones for MMPretrain; `OREPARepVGG` serves all three packages."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS as ROOT_MODELS
 from mmpretrain.models.backbones import RepVGG, ResNet, ResNetV1c, ResNeXt
 from mmpretrain.models.backbones.repvgg import RepVGGBlock
 from mmpretrain.registry import MODELS
@@ -56,8 +55,7 @@ class DBBResNet(DBBMixin, ResNet):
     stock_type = 'ResNet'
 
 
-@ROOT_MODELS.register_module()
-@MODELS.register_module()  # for `mmpretrain.OREPARepVGG` in a config of MMPretrain
+@MODELS.register_module()
 class OREPARepVGG(ReparamBackboneMixin, RepVGG):
     """MMPretrain's `RepVGG` whose 3 x 3 convolutions are OREPA blocks.
 
@@ -92,7 +90,7 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
             raise ValueError(
                 f"MMPretrain's RepVGG leaves squeeze-and-excitation out in its deploy form, so "
                 f'there is no stock config for arch={arch!r}. Re-parameterize the model in your '
-                'own code (orepa_mm.deploy.reparameterize), and build it with deploy=True')
+                'own code (orepa_mm.reparameterize), and build it with deploy=True')
         return {**super().stock_cfg(cfg), 'deploy': True}
 
     def switch_to_deploy(self) -> None:

@@ -1,10 +1,16 @@
-"""Register the backbones of every installed package, and errors in place of the others."""
+"""The backbones of every installed package, registered when its scope is first used.
+
+Importing a toolbox takes seconds. MMEngine's registries know `locations`, modules that
+are imported at their first look-up: ours become locations of the toolboxes' registries.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from mmengine.registry import MODELS, Registry
 
@@ -16,51 +22,109 @@ PACKAGES = {
     'mmpretrain': ('mmpretrain', 'cls', ('OREPAResNet', 'OREPAResNetV1c', 'OREPAResNeXt',
                                          'DBBResNet', 'OREPARepVGG')),
 }
+#: The backbone that the configs of all packages find without a scope, and its home.
+_EVERYWHERE = ('OREPARepVGG', 'mmpretrain')
 
 
 def register_backbones() -> None:
-    """Register the backbones of each package that is installed.
+    """Let the registry of each package find our backbones, without importing the package.
 
     Where a package is missing or broken, and where a name does not belong to
     the scope of a config, the name stands for an `ImportError` that says which
     package is needed.
     """
-    reasons = {}
-    for package, (distribution, module, names) in PACKAGES.items():
-        if find_spec(package) is None:
-            reasons[package] = f'{package} is not installed (pip install {distribution})'
-        else:
-            try:
-                import_module(f'.{module}', __package__)
-            except Exception as error:  # whatever a broken installation raises
-                reasons[package] = (f'{package} does not load ({type(error).__name__}: {error}); '
-                                    '`python -m orepa_mm.doctor` says what to do')
-        if package in reasons:
-            _register_error(package, names, reasons[package])
+    for package, (_, _, names) in PACKAGES.items():
+        if package in MODELS.children:
+            _add_location(MODELS.children[package])
+        elif find_spec(package) is None:
+            registry = Registry('model', parent=MODELS, scope=package, locations=[__name__])
+            for name in names:
+                registry.register_module(name=name, module=_failing(
+                    lambda name=name, package=package:
+                    f'{package}.{name} cannot be built: {_problem_of(package)}'))
+    _notice_new_children(MODELS)
     for name in sorted({name for _, _, names in PACKAGES.values() for name in names}):
-        if name not in MODELS.module_dict:
-            MODELS.register_module(name=name, module=_failing(_explain_scope(name, reasons)))
+        elsewhere = _failing(functools.partial(_explain_scope, name))
+        MODELS.register_module(name=name, module=_at_home(elsewhere) if name == _EVERYWHERE[0]
+                               else elsewhere)
 
 
-def _register_error(package: str, names: tuple[str, ...], reason: str) -> None:
-    """Let `package.Name` be found in a config, and fail with the reason."""
-    registry = MODELS.children.get(package) or Registry('model', parent=MODELS, scope=package)
-    for name in names:
-        registry.register_module(name=name, force=True, module=_failing(
-            f'{package}.{name} cannot be built: {reason}'))
+def resolved(found: Any) -> Any:
+    """The class that a registry's answer stands for.
+
+    Args:
+        found: What `Registry.get` returned; a name that is known in every
+            scope stands for a class that is imported only now.
+
+    Raises:
+        ImportError: If the package that it belongs to is missing.
+    """
+    return found.home_class() if hasattr(found, 'home_class') else found
 
 
-def _explain_scope(name: str, reasons: dict[str, str]) -> str:
+def _notice_new_children(root: Registry) -> None:
+    """Add our location to a toolbox's registry as soon as that registry is made."""
+    add_child = root._add_child
+
+    @functools.wraps(add_child)
+    def add_child_and_location(registry: Registry) -> None:
+        add_child(registry)
+        _add_location(registry)
+
+    root._add_child = add_child_and_location
+
+
+def _add_location(registry: Registry) -> None:
+    if registry.scope not in PACKAGES:
+        return
+    location = f'{__package__}.{PACKAGES[registry.scope][1]}'
+    if registry._imported:  # too late for a location: the toolbox is loaded
+        import_module(location)
+    elif location not in registry._locations:
+        registry._locations = [*registry._locations, location]
+
+
+def _at_home(otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """What builds `_EVERYWHERE` from any scope."""
+    name, package = _EVERYWHERE
+
+    def home_class() -> type:
+        if find_spec(package) is None:
+            otherwise()
+        return getattr(import_module(f'{__package__}.{PACKAGES[package][1]}'), name)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return home_class()(*args, **kwargs)
+
+    build.home_class = home_class
+    return build
+
+
+def _problem_of(package: str) -> str:
+    """Why a package's backbones do not load; empty if they do."""
+    distribution, module, _ = PACKAGES[package]
+    if find_spec(package) is None:
+        return f'{package} is not installed (pip install {distribution})'
+    try:
+        import_module(f'{__package__}.{module}')
+    except Exception as error:  # whatever a broken installation raises
+        return (f'{package} does not load ({type(error).__name__}: {error}); '
+                '`python -m orepa_mm.doctor` says what to do')
+    return ''
+
+
+def _explain_scope(name: str) -> str:
     homes = [package for package, (_, _, names) in PACKAGES.items() if name in names]
-    loaded = [package for package in homes if package not in reasons]
+    problems = {package: _problem_of(package) for package in homes}
+    loaded = [package for package in homes if not problems[package]]
     text = f'{name} was not found in the scope of this config: it belongs to {", ".join(homes)}.'
     if loaded:
         text += f" Write type='{loaded[0]}.{name}', or set default_scope = '{loaded[0]}'."
-    return ' '.join([text, *(f'{reasons[package]}.' for package in homes if package in reasons)])
+    return ' '.join([text, *(f'{problem}.' for problem in problems.values() if problem)])
 
 
-def _failing(message: str) -> Callable[..., None]:
+def _failing(explain: Callable[[], str]) -> Callable[..., None]:
     def fail(*args: object, **kwargs: object) -> None:
-        raise ImportError(message)
+        raise ImportError(explain())
 
     return fail

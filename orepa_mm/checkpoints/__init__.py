@@ -1,16 +1,16 @@
-"""Checkpoints: safe reading, strict loading, atomic writing, the authors' names."""
+"""Checkpoints: safe reading, strict loading, forms told apart, the authors' names."""
 
 from .architectures import PUBLISHED, Architecture, recognize_architecture
 from .guard import guard_mmengine, require_same_form
-from .io import CheckpointError, load_checkpoint, model_state_dict, written_whole
+from .io import load_checkpoint, model_state_dict
 from .loading import load_pretrained, load_weights
 from .official import convert_official_block, convert_official_state_dict, read_classifier
 from .safe_globals import allow_runner_checkpoints
 
-__all__ = ['PUBLISHED', 'Architecture', 'CheckpointError', 'allow_runner_checkpoints',
+__all__ = ['PUBLISHED', 'Architecture', 'allow_runner_checkpoints',
            'convert_official_block', 'convert_official_state_dict', 'guard_mmengine',
            'load_checkpoint', 'load_pretrained', 'load_weights', 'model_state_dict',
-           'read_classifier', 'recognize_architecture', 'require_same_form', 'written_whole']
+           'read_classifier', 'recognize_architecture', 'require_same_form']
 
 allow_runner_checkpoints()
 guard_mmengine()

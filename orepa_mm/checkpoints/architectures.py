@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..layers import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, OREPAStemConv2d
 from .forms import training_form_of
-from .io import CheckpointError
 
 #: Names of the networks that the authors describe.
 PUBLISHED = ('ResNet-18', 'ResNet-34', 'ResNet-50', 'ResNet-101', 'ResNet-18-1.5x',

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from .io import CheckpointError
+from ..errors import CheckpointError
 
 #: A branch of an OREPA block, or its scaling vectors: only a training form has them.
 _BRANCH = re.compile(r'\.(weight_(orepa|or1x1|rbr)_\w+|vector)$')

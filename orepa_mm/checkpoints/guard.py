@@ -15,9 +15,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import CheckpointError
 from ..layers import reparam_layers
 from .forms import is_branch_key, is_in_authors_names
-from .io import CheckpointError
 
 #: MMPretrain's RepVGG block: its one convolution when deployed, and what it is made from.
 _REPVGG_DEPLOYED, _REPVGG_TRAINING = 'branch_reparam', 'branch_3x3'

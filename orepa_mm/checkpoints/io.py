@@ -1,21 +1,16 @@
-"""Read checkpoints safely, write files whole or not at all."""
+"""Read checkpoints safely."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class CheckpointError(ValueError):
-    """A checkpoint is not what was asked for; the message says what it is."""
+from ..errors import CheckpointError
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -69,28 +64,3 @@ def model_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     if all(key.startswith('module.') for key in state):
         state = {key.removeprefix('module.'): value for key, value in state.items()}
     return state
-
-
-@contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Write a file under a temporary name; it gets its own only if nothing fails.
-
-    Args:
-        path: The file to be. Its folder is created.
-
-    Yields:
-        The temporary path to write to, in the same folder and with the same suffix.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.stem}-', suffix=path.suffix,
-                                         dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -10,8 +10,9 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from ..errors import CheckpointError
 from .guard import require_same_form
-from .io import CheckpointError, load_checkpoint, model_state_dict
+from .io import load_checkpoint, model_state_dict
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 from .architectures import (
     Architecture,
@@ -22,7 +23,7 @@ from .architectures import (
     tensor_shape,
 )
 from .forms import training_form_of
-from .io import CheckpointError, model_state_dict
+from .io import model_state_dict
 
 
 def convert_official_block(

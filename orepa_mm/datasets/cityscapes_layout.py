@@ -10,7 +10,8 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
 
-from .config_walk import DataRootError, dicts_with, type_name
+from ..errors import DataRootError
+from .config_walk import dicts_with, type_name
 
 #: Optional file of class names in the folder: one per line, in the order of the train ids.
 CLASSES_FILE = 'classes.txt'

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from .config_walk import DataRootError, dicts_with
+from ..errors import DataRootError
+from .config_walk import dicts_with
 
 
 def is_coco(dataset: dict) -> bool:

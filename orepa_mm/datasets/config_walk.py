@@ -10,10 +10,6 @@ from mmengine.config import Config
 _OTHER_HEADS = ('rpn_head', 'semantic_head')
 
 
-class DataRootError(ValueError):
-    """A folder is not laid out as the config expects; the message says how it is."""
-
-
 def find_datasets(cfg: Config) -> list[dict]:
     """The data sets for training, validation and testing, without their wrappers.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from ..errors import DataRootError
 from .cityscapes_layout import apply_cityscapes, is_cityscapes
 from .coco_layout import apply_coco, is_coco
-from .config_walk import DataRootError, find_datasets, set_num_classes, type_name
+from .config_walk import find_datasets, set_num_classes, type_name
 from .imagenet_layout import apply_imagenet, is_imagenet
 
 #: (whether a data set has this layout, what points a config at a folder of it).

@@ -7,7 +7,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
 
-from .config_walk import DataRootError, dicts_with, type_name
+from ..errors import DataRootError
+from .config_walk import dicts_with, type_name
 
 
 def is_imagenet(dataset: dict) -> bool:

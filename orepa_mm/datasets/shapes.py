@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..checkpoints import written_whole
+from ..files import written_whole
 from .drawing import FILLS, OUTLINES, SHAPES, draw_object, draw_scene, fill_polygon
 
 #: Classes of the toy set in Cityscapes layout; the label of each pixel is the index.

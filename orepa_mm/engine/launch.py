@@ -21,6 +21,7 @@ from torch import nn
 
 from ..checkpoints import load_weights
 from ..datasets import apply_data_root
+from ..errors import ConfigError
 
 #: What merges the predictions on augmented images where a config does not say.
 _FLIP_TTA = {
@@ -28,10 +29,6 @@ _FLIP_TTA = {
                                                    max_per_img=100)),
     'mmpretrain': dict(type='mmpretrain.AverageClsScoreTTA'),
 }
-
-
-class ConfigError(ValueError):
-    """A config lacks what was asked of it; the message says what."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

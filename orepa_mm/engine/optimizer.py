@@ -36,6 +36,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ...                      paramwise_cfg=dict(stem_lr_mult=0.1))
     """
 
+    #: Options that a stock constructor does not know.
+    own_options = ('stem_lr_mult',)
+
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         paramwise_cfg = dict(paramwise_cfg or {})
         self.stem_lr_mult = paramwise_cfg.pop('stem_lr_mult', 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -15,10 +15,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from .launch import ConfigError, bare_model
-
-if TYPE_CHECKING:
-    from ..deploy import VerificationReport
+from ..errors import ConfigError, VerificationError
+from ..reparam import VerificationReport, is_training_form, reparameterize, verify
+from .launch import bare_model
 
 
 @HOOKS.register_module()
@@ -82,8 +81,6 @@ class ReparamTestHook(Hook):
                 It is a `ValueError`.
             ConfigError: If another hook runs on the wrong side of this one.
         """
-        from ..deploy import is_training_form, reparameterize
-
         self._require_order(runner)
         with _same_random_numbers():
             reparameterize(runner.model)  # one try
@@ -177,8 +174,6 @@ class ReparamTestHook(Hook):
         self._put_back(runner)
 
     def _put_copy(self, runner: Runner) -> None:
-        from ..deploy import reparameterize
-
         if not self._enabled:
             return
         with _same_random_numbers():
@@ -225,8 +220,6 @@ class ReparamTestHook(Hook):
         self.before_val_iter(runner, batch_idx, data_batch)
 
     def _compare(self, runner: Runner, batch_idx: int, data_batch: Any) -> None:
-        from ..deploy import VerificationError, verify
-
         before, after, cause = self._before, bare_model(runner), None
         try:
             if isinstance(runner.model, BaseTTAModel):  # the first of the augmentations

@@ -2,10 +2,10 @@
 
 from .base import ReparamConv2d
 from .builder import build_dbb_conv, build_orepa_conv
-from .convert import adjacent_children, reparam_layers, replace_with_conv2d
 from .dbb import DBBConv2d
 from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d
 from .stem import OREPAStemConv2d
+from .surgery import adjacent_children, reparam_layers, replace_with_conv2d
 
 __all__ = ['DBBConv2d', 'OREPAConv1x1', 'OREPAConv2d', 'OREPARepVGGConv2d', 'OREPAStemConv2d',
            'ReparamConv2d', 'adjacent_children', 'build_dbb_conv', 'build_orepa_conv',

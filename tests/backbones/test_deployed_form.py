@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_mm.backbones import mixin
 from orepa_mm.backbones.registration import PACKAGES
-from orepa_mm.deploy import reparameterize, verify
 from orepa_mm.layers import reparam_layers
+from orepa_mm.reparam import reparameterize, verify
 
 NARROW = dict(depth=18, base_channels=8)
 BOTTLENECK = dict(depth=50, base_channels=8)

@@ -12,9 +12,9 @@ from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
 from orepa_mm.backbones.det import OREPAResNet, OREPAResNeXt
-from orepa_mm.checkpoints import CheckpointError
-from orepa_mm.deploy import is_training_form, reparameterize
+from orepa_mm.errors import CheckpointError
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from orepa_mm.reparam import is_training_form, reparameterize
 
 NARROW = dict(depth=18, base_channels=8)
 DEFORMABLE = dict(depth=50, base_channels=8, stage_with_dcn=(False, True, True, True),

@@ -7,7 +7,7 @@ import pytest
 from mmengine.registry import MODELS, DefaultScope
 
 import orepa_mm  # noqa: F401
-from orepa_mm.backbones.registration import PACKAGES
+from orepa_mm.backbones.registration import PACKAGES, resolved
 
 NARROW = dict(depth=18, base_channels=8)
 
@@ -31,7 +31,8 @@ def test_the_scope_of_the_config_decides(package):
 def test_repvgg_is_found_from_every_package():
     for package in PACKAGES:
         with MODELS.switch_scope_and_registry(package) as registry:
-            assert registry.get('OREPARepVGG').__module__ == 'orepa_mm.backbones.cls'
+            found = resolved(registry.get('OREPARepVGG'))
+            assert found.__module__ == 'orepa_mm.backbones.cls'
 
 
 def test_a_name_of_another_scope_says_where_it_belongs():

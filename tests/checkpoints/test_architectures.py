@@ -8,11 +8,11 @@ from helpers import GOLDEN, golden, needs_golden
 
 from orepa_mm.checkpoints import (
     PUBLISHED,
-    CheckpointError,
     convert_official_state_dict,
     read_classifier,
     recognize_architecture,
 )
+from orepa_mm.errors import CheckpointError
 
 NARROW = {
     'net_resnet18_narrow': ('ResNet-18, 8 channels wide', dict(

@@ -11,8 +11,9 @@ from mmdet.utils import register_all_modules
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint_to_model, load_state_dict
 
-from orepa_mm.checkpoints import CheckpointError, load_weights, require_same_form
-from orepa_mm.deploy import reparameterize
+from orepa_mm.checkpoints import load_weights, require_same_form
+from orepa_mm.errors import CheckpointError
+from orepa_mm.reparam import reparameterize
 
 NECK = dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5)
 HEAD = dict(type='RetinaHead', num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1)

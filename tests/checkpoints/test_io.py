@@ -6,13 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from orepa_mm.checkpoints import (
-    CheckpointError,
-    load_checkpoint,
-    load_weights,
-    model_state_dict,
-    written_whole,
-)
+from orepa_mm.checkpoints import load_checkpoint, load_weights, model_state_dict
+from orepa_mm.errors import CheckpointError
+from orepa_mm.files import written_whole
 
 
 class Evil:

@@ -4,11 +4,8 @@ import pytest
 import torch
 from helpers import golden, needs_golden
 
-from orepa_mm.checkpoints import (
-    CheckpointError,
-    convert_official_block,
-    convert_official_state_dict,
-)
+from orepa_mm.checkpoints import convert_official_block, convert_official_state_dict
+from orepa_mm.errors import CheckpointError
 
 pytestmark = needs_golden
 

@@ -7,8 +7,9 @@ from helpers import SHARED
 from mmengine.hub import get_config
 from mmseg.datasets import CityscapesDataset
 
-from orepa_mm.datasets import DataRootError, apply_data_root, make_shapes_cityscapes
+from orepa_mm.datasets import apply_data_root, make_shapes_cityscapes
 from orepa_mm.datasets.cityscapes_layout import distinct_palette
+from orepa_mm.errors import DataRootError
 
 UPERNET = 'mmseg::upernet/upernet_r18_4xb2-40k_cityscapes-512x1024.py'
 CAMVID = SHARED / 'data' / 'camvid_cityscapes'

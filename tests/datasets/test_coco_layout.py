@@ -8,7 +8,8 @@ from mmdet.registry import METRICS
 from mmengine.config import Config
 from mmengine.hub import get_config
 
-from orepa_mm.datasets import DataRootError, apply_data_root, make_shapes_coco
+from orepa_mm.datasets import apply_data_root, make_shapes_coco
+from orepa_mm.errors import DataRootError
 
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 BCCD = SHARED / 'data' / 'bccd_coco'

@@ -7,12 +7,12 @@ from mmengine.hub import get_config
 from mmengine.registry import DefaultScope
 
 from orepa_mm.datasets import (
-    DataRootError,
     apply_data_root,
     make_shapes_cityscapes,
     make_shapes_coco,
     make_shapes_imagenet,
 )
+from orepa_mm.errors import DataRootError
 
 LAYOUTS = {
     'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py': (make_shapes_coco, 3),

@@ -8,8 +8,9 @@ from mmengine.hub import get_config
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import METRICS, MODELS
 
-from orepa_mm.datasets import DataRootError, apply_data_root, make_shapes_imagenet
+from orepa_mm.datasets import apply_data_root, make_shapes_imagenet
 from orepa_mm.datasets.shapes import OBJECT_CLASSES
+from orepa_mm.errors import DataRootError
 
 RESNET = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 

@@ -16,17 +16,12 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
-import orepa_mm.deploy
 from orepa_mm.checkpoints import load_checkpoint
-from orepa_mm.deploy import (
-    NothingToConvertError,
-    VerificationError,
-    is_training_form,
-    reparameterize,
-)
-from orepa_mm.engine import ConfigError
+from orepa_mm.engine import reparam_test_hook
 from orepa_mm.engine.reparam_test_hook import ReparamTestHook
+from orepa_mm.errors import ConfigError, NothingToConvertError, VerificationError
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d
+from orepa_mm.reparam import is_training_form, reparameterize
 
 OURS = dict(type='ReparamTestHook')
 EMA = dict(type='EMAHook', momentum=0.3)
@@ -280,8 +275,8 @@ def test_test_and_val(tmp_path):
 
 
 def count_calls(monkeypatch, name):
-    calls, real = [], getattr(orepa_mm.deploy, name)
-    monkeypatch.setattr(orepa_mm.deploy, name,
+    calls, real = [], getattr(reparam_test_hook, name)
+    monkeypatch.setattr(reparam_test_hook, name,
                         lambda *args: calls.append(args) or real(*args))
     return calls
 
@@ -311,7 +306,7 @@ def wrong_conversion(monkeypatch):
             model.backbone[4].weight.mul_(1.5)
         return model
 
-    monkeypatch.setattr(orepa_mm.deploy, 'reparameterize', broken)
+    monkeypatch.setattr(reparam_test_hook, 'reparameterize', broken)
 
 
 def test_a_difference_is_logged_and_training_goes_on(tmp_path, wrong_conversion):
@@ -338,7 +333,7 @@ def test_a_comparison_that_fails_is_loud_and_costs_nothing(tmp_path, monkeypatch
     def impossible(*args):
         raise TypeError('no such input')
 
-    monkeypatch.setattr(orepa_mm.deploy, 'verify', impossible)
+    monkeypatch.setattr(reparam_test_hook, 'verify', impossible)
     runner = build(tmp_path / 'on', OURS)
     runner.train()
     assert runner.epoch == 2

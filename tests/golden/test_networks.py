@@ -9,7 +9,7 @@ from helpers import GOLDEN, golden, needs_golden, on_meta_device, relative_error
 from mmdet.registry import MODELS
 
 from orepa_mm.checkpoints import convert_official_state_dict, recognize_architecture
-from orepa_mm.deploy import reparameterize
+from orepa_mm.reparam import reparameterize
 
 pytestmark = needs_golden
 

@@ -6,8 +6,8 @@ from helpers import randomize, relative_error, vary_scales
 from mmengine.registry import MODELS
 from torch import nn
 
-from orepa_mm.deploy import reparameterize
 from orepa_mm.layers import reparam_layers
+from orepa_mm.reparam import reparameterize
 
 OREPA = dict(type='OREPA')
 HRNET = {f'stage{n}': dict(

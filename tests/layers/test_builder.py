@@ -7,8 +7,8 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from torch import nn
 
 import orepa_mm  # noqa: F401  registers the conv layer type
-from orepa_mm.deploy import reparameterize
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d, build_orepa_conv
+from orepa_mm.reparam import reparameterize
 
 
 @pytest.mark.parametrize(('kernel_size', 'groups', 'kind'), [

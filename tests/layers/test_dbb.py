@@ -9,8 +9,8 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from torch import nn
 
 import orepa_mm  # noqa: F401  registers the conv layer type
-from orepa_mm.deploy import reparameterize
 from orepa_mm.layers import DBBConv2d
+from orepa_mm.reparam import reparameterize
 
 CASES = [
     dict(out_channels=8, padding=1), dict(out_channels=6, padding=1, stride=2),

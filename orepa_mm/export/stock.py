@@ -1,0 +1,203 @@
+"""Write a re-parameterized model as a checkpoint and a config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mmengine.registry
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope, Registry
+from torch import nn
+
+from ..backbones.registration import resolved
+from ..errors import ConfigError
+from ..files import written_whole
+from ..reparam import is_training_form
+
+#: Plain: the stock model. Folded: BN folded into the convolutions as well.
+DEPLOYED_FORMS = ('plain', 'folded')
+_PACKAGE = __name__.partition('.')[0]
+#: Settings that belong to a run; `reparam` holds what our configs picked from.
+_TRAINING_ONLY = ('load_from', 'resume', 'work_dir', 'launcher', 'reparam')
+
+
+def deploy_config(cfg: Config, form: str = 'plain') -> Config:
+    """The config of a re-parameterized model.
+
+    Args:
+        cfg: A config with OREPA backbones or OREPA conv layers; its scope's
+            modules must be imported.
+        form: `plain`, the stock model, whose config needs nothing of this
+            package; `folded`, the stock model without BN, which this package
+            builds (`BNFolded`).
+
+    Returns:
+        A new config: stock backbone types, `conv_cfg=None` in place of OREPA's,
+        no pretrained weights, and of the plain form nothing that resolves to
+        this package: no import, hook or optimizer constructor.
+
+    Raises:
+        ConfigError: If something of this package stands where no stock type
+            can, or there is no such form.
+    """
+    if form not in DEPLOYED_FORMS:
+        raise ConfigError(f'there is no form {form!r}, only {", ".join(DEPLOYED_FORMS)}')
+    content = cfg.to_dict()
+    for key in _TRAINING_ONLY:
+        content.pop(key, None)
+    model, registry = content.pop('model'), _model_registry()
+    content = _without_ours(content, _registered_by_us())
+    try:
+        content['model'] = _stock_model(model, registry)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    imports = content.get('custom_imports')
+    if imports:
+        names = imports['imports']
+        kept = [name for name in ([names] if isinstance(names, str) else names)
+                if name.partition('.')[0] != _PACKAGE]
+        if kept:
+            imports['imports'] = kept
+        else:
+            del content['custom_imports']
+    if form == 'folded':
+        content['model'] = {**content['model'], 'type': 'BNFolded',
+                            'model_type': content['model']['type']}
+        imports = content.setdefault('custom_imports', dict(imports=[]))
+        imports['imports'] = [*imports['imports'], _PACKAGE]
+        imports['allow_failed_imports'] = False
+    return Config(content)
+
+
+def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
+                  meta: Mapping[str, Any], safetensors: bool = False) -> list[Path]:
+    """Write `model.pth` and `config.py`; the checkpoint holds tensors and plain types only.
+
+    Args:
+        model: In deploy form.
+        cfg: From `deploy_config`.
+        folder: Where to write; created if it is missing.
+        meta: Plain types, stored under `meta`.
+        safetensors: Write the weights as `model.safetensors` as well, the meta
+            as JSON in its metadata, under `meta`.
+
+    Returns:
+        Paths of the checkpoint, of the config, and of what else was written.
+
+    Raises:
+        ValueError: If the model is in training form.
+        ImportError: If safetensors is asked for and missing.
+    """
+    if is_training_form(model):
+        raise ValueError('the model is in training form: re-parameterize it before saving')
+    folder = Path(folder)
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    with written_whole(folder / 'model.pth') as path:
+        torch.save({'meta': dict(meta), 'state_dict': state}, path)
+    with written_whole(folder / 'config.py') as path:
+        cfg.dump(str(path))
+    written = [folder / 'model.pth', folder / 'config.py']
+    if safetensors:
+        save_file = require_safetensors()
+        # the format knows no tensors that share memory
+        with written_whole(folder / 'model.safetensors') as path:
+            save_file({key: value.contiguous().clone() for key, value in state.items()},
+                      str(path), {'format': 'pt', 'meta': json.dumps(dict(meta))})
+        written.append(folder / 'model.safetensors')
+    return written
+
+
+def require_safetensors() -> Callable[..., None]:
+    """The function of safetensors that writes a file.
+
+    Raises:
+        ImportError: If safetensors is not installed; it says what to do.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError('to write safetensors, install it: pip install safetensors') from error
+    return save_file
+
+
+def _model_registry() -> Registry:
+    """The model registry of the current scope, e.g. mmdet's."""
+    scope = DefaultScope.get_current_instance()
+    with MODELS.switch_scope_and_registry(scope.scope_name if scope else None) as registry:
+        return registry
+
+
+def _registered_by_us() -> dict[str, Any]:
+    """What this package registered in MMEngine's root registries beside models, by name."""
+    registries = [registry for registry in vars(mmengine.registry).values()
+                  if isinstance(registry, Registry) and registry is not MODELS]
+    return {name: found for registry in registries
+            for name, found in registry.module_dict.items() if _is_ours(found)}
+
+
+def _without_ours(value: Any, ours: Mapping[str, Any]) -> Any:
+    """Settings without what resolves to this package, or with its stock counterpart there.
+
+    A class of ours names that counterpart as `stock_type`, and options that it
+    alone knows as `own_options`.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_ours(item, ours) for item in value
+                           if _stays(item, ours))
+    if not isinstance(value, dict):
+        return value
+    result = {key: _without_ours(item, ours) for key, item in value.items()
+              if _stays(item, ours) and not (key == 'constructor' and _named(item, ours))}
+    found = _named(value.get('type'), ours) or _named(value.get('constructor'), ours)
+    for option in getattr(found, 'own_options', ()):
+        result.pop(option, None)
+        (result.get('paramwise_cfg') or {}).pop(option, None)
+    if hasattr(found, 'stock_type'):
+        result['type'] = found.stock_type
+    return result
+
+
+def _stays(value: Any, ours: Mapping[str, Any]) -> bool:
+    found = _named(value.get('type'), ours) if isinstance(value, dict) else None
+    return found is None or hasattr(found, 'stock_type')
+
+
+def _named(name: Any, ours: Mapping[str, Any]) -> Any:
+    """What of ours goes by this name, or is it, in a config; else None."""
+    if isinstance(name, str):
+        return ours.get(name.removeprefix('mmengine.'))
+    return name if name is not None and _is_ours(name) else None
+
+
+def _stock_model(value: Any, registry: Registry) -> Any:
+    """A model config with everything of this package replaced by what is stock."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_stock_model(item, registry) for item in value)
+    if not isinstance(value, dict):
+        return value
+    # None and not left out: some stock modules have another conv layer by default
+    result = {key: None if key == 'conv_cfg' and _our_type(item, registry)
+              else _stock_model(item, registry) for key, item in value.items()}
+    if isinstance(result.get('init_cfg'), dict) and result['init_cfg'].get('type') == 'Pretrained':
+        result['init_cfg'] = None  # of the training form
+    ours = _our_type(value, registry)
+    if ours is not None:
+        if not hasattr(ours, 'stock_cfg'):
+            raise ValueError(f'{value} has no stock counterpart that a config could name')
+        result = ours.stock_cfg(result)
+    return result
+
+
+def _our_type(value: Any, registry: Registry) -> Any:
+    """What a config's `type` names, if it is defined in this package; else None."""
+    name = value.get('type') if isinstance(value, dict) else None
+    found = registry.get(name) if isinstance(name, str) else name
+    return resolved(found) if _is_ours(found) else None
+
+
+def _is_ours(found: Any) -> bool:
+    return getattr(found, '__module__', '').partition('.')[0] == _PACKAGE

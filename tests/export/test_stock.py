@@ -1,0 +1,106 @@
+"""The stock config and the stock checkpoint of a model with OREPA layers."""
+
+import copy
+
+import pytest
+import torch
+from helpers import randomize, relative_error, run
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from orepa_mm.checkpoints import load_weights
+from orepa_mm.export import deploy_config, save_deployed
+from orepa_mm.reparam import reparameterize
+
+MODEL = dict(
+    type='RetinaNet',
+    backbone=dict(type='ResNet', depth=18, base_channels=8, conv_cfg=dict(type='OREPA')),
+    neck=dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5,
+              conv_cfg=dict(type='OREPA')),
+    bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=8, feat_channels=8,
+                   stacked_convs=1, conv_cfg=dict(type='OREPA', single_init=True)))
+
+
+@pytest.fixture(autouse=True)
+def _mmdet_scope():
+    register_all_modules(init_default_scope=True)
+
+
+def test_stock_modules_with_the_conv_layer_type(tmp_path):
+    """Nothing adapted: backbone, FPN and head are mmdet's own."""
+    cfg = Config(dict(model=copy.deepcopy(MODEL), load_from='x', work_dir='y', custom_imports=dict(
+        imports=['orepa_mm', 'json'], allow_failed_imports=False)))
+    stock = deploy_config(cfg)
+    assert cfg.model.neck.conv_cfg.type == 'OREPA'  # the given config is left alone
+    assert 'OREPA' not in stock.pretty_text
+    assert stock.custom_imports.imports == ['json']
+    assert 'load_from' not in stock
+    assert 'work_dir' not in stock
+
+    model = randomize(MODELS.build(cfg.model)).eval()
+    with pytest.raises(ValueError, match='training form'):
+        save_deployed(model, stock, tmp_path, {})
+    assert not list(tmp_path.iterdir())
+    paths = save_deployed(reparameterize(model), stock, tmp_path, {'form': 'deployed'})
+    loaded = MODELS.build(Config.fromfile(paths[1]).model)
+    assert load_weights(loaded, paths[0])['meta'] == {'form': 'deployed'}
+    loaded.eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for one, other in zip(loaded.bbox_head(loaded.extract_feat(x)),
+                              model.bbox_head(model.extract_feat(x))):
+            for level, expected in zip(one, other):
+                assert relative_error(level, expected) < 1e-4
+
+
+def test_what_no_stock_config_can_name_is_an_error():
+    model = copy.deepcopy(MODEL)
+    model['bbox_head']['some_layer'] = dict(type='OREPA')
+    with pytest.raises(ValueError, match='no stock counterpart'):
+        deploy_config(Config(dict(model=model)))
+
+
+OTHERS = {
+    'repvgg': dict(
+        type='OREPARepVGG', out_indices=(0, 1, 2, 3), arch=dict(
+            num_blocks=[1, 1, 1, 1], width_factor=[0.125] * 4, group_layer_map=None,
+            se_cfg=None)),
+    'dbb': dict(type='DBBResNet', depth=18, base_channels=8),
+}
+STOCK = '''
+import sys
+sys.modules['orepa_mm'] = None
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+init_default_scope('mmdet')
+folder = sys.argv[1]
+model = MODELS.build(Config.fromfile(f'{folder}/config.py').model)
+model.load_state_dict(torch.load(f'{folder}/model.pth')['state_dict'], strict=True)
+model.eval()
+torch.save(model.extract_feat(torch.load(f'{folder}/x.pth')), f'{folder}/features.pth')
+'''
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_exported_where_orepa_mm_cannot_be_imported(name, tmp_path):
+    """RepVGG is mmpretrain's, found by its scope; a DBB ResNet is a ResNet."""
+    cfg = copy.deepcopy(MODEL)
+    cfg['backbone'] = OTHERS[name]
+    for part in ('neck', 'bbox_head'):
+        cfg[part].pop('conv_cfg')
+    cfg = Config(dict(model=cfg, optim_wrapper=dict(
+        constructor='OREPAOptimWrapperConstructor', paramwise_cfg=dict(stem_lr_mult=0.1)),
+        reparam=dict(backbone=dict(type='DBBResNet'))))
+    stock = deploy_config(cfg)
+    assert stock.optim_wrapper == dict(paramwise_cfg={})
+    assert 'reparam' not in stock
+    model = randomize(MODELS.build(cfg.model)).eval()
+    save_deployed(reparameterize(model), stock, tmp_path, {})
+    x = torch.randn(1, 3, 64, 64)
+    torch.save(x, tmp_path / 'x.pth')
+    run('-c', STOCK, tmp_path)
+    with torch.no_grad():
+        for one, other in zip(torch.load(tmp_path / 'features.pth'), model.extract_feat(x)):
+            assert relative_error(one, other) < 1e-4

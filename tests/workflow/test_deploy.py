@@ -1,0 +1,278 @@
+"""From a checkpoint file to deployed files: what is written, and when nothing is."""
+
+import argparse
+import copy
+import json
+import sys
+
+import onnx
+import pytest
+import torch
+from helpers import ROOT, relative_error, vary_scales
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+from orepa_mm.checkpoints import load_weights
+from orepa_mm.datasets import make_shapes_coco
+from orepa_mm.engine import add_config_arguments, load_config
+from orepa_mm.errors import CheckpointError, NothingToConvertError, VerificationError
+from orepa_mm.workflow import deploy as pipeline
+from orepa_mm.workflow import print_report, reparameterize_checkpoint
+
+CONFIG = f'''
+_base_ = '{ROOT}/configs/retinanet/retinanet_orepa-r18-light_fpn_400i_coco.py'
+model = dict(
+    backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1))
+test_dataloader = dict(num_workers=0, persistent_workers=False)
+custom_hooks = [dict(type='ReparamTestHook')]
+'''
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A data set, a config, and a checkpoint as the runner saves it."""
+    folder = tmp_path_factory.mktemp('pipeline')
+    make_shapes_coco(folder / 'data', 1, 3, 64)
+    (folder / 'config.py').write_text(CONFIG)
+    torch.manual_seed(0)
+    model = MODELS.build(config(folder).model)
+    model.init_weights()
+    vary_scales(model)
+    with torch.no_grad():
+        model.bbox_head.retina_cls.bias.fill_(-1.0)  # let there be detections
+        model.bbox_head.retina_cls.weight.normal_(0, 0.1)
+    state = model.state_dict()
+    torch.save({
+        'meta': {'dataset_meta': {'classes': ('circle', 'square', 'triangle')}, 'iter': 5},
+        'state_dict': state,
+        'ema_state_dict': {f'module.{key}': value.clone() for key, value in state.items()},
+        'message_hub': {'log_scalars': {'loss': HistoryBuffer([1.0], [1])}},
+        'optimizer': {'state': {0: {'momentum_buffer': torch.zeros(1000)}}, 'param_groups': []},
+    }, folder / 'iter_5.pth')
+    return folder
+
+
+def config(folder):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    return load_config(parser.parse_args([
+        str(folder / 'config.py'), '--data-root', str(folder / 'data'), '--work-dir',
+        str(folder / 'work')]))
+
+
+def deploy(folder, out, **options):
+    return reparameterize_checkpoint(config(folder), folder / 'iter_5.pth', out,
+                                     **{'num_images': 2, 'latency_rounds': 1, **options})
+
+
+def plain_types(value):
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain_types(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(plain_types, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+@pytest.fixture(scope='module')
+def plain(folder):
+    return deploy(folder, folder / 'plain', safetensors=True), folder / 'plain'
+
+
+def test_what_is_written(folder, plain):
+    report, out = plain
+    assert sorted(p.name for p in out.iterdir()) == [
+        'config.py', 'model.pth', 'model.safetensors', 'report.json']
+    assert report['metrics']['training']['coco/bbox_mAP'] > 0  # there was something to compare
+    assert report['problems'] == []
+    assert json.loads((out / 'report.json').read_text())['form'] == 'plain'
+    checkpoint = torch.load(out / 'model.pth', weights_only=True)
+    assert checkpoint.keys() == {'meta', 'state_dict'}
+    meta = checkpoint['meta']
+    assert plain_types(meta)
+    assert (meta['form'], meta['verified'], meta['source']) == ('plain', True, 'iter_5.pth')
+    assert meta['source_sha256'] == pipeline.sha256(folder / 'iter_5.pth')
+    assert len(meta['source_sha256']) == 64
+    assert meta['versions'].keys() == {'orepa_mm', 'torch', 'mmengine', 'mmcv', 'mmdet'}
+    assert meta['largest_difference']['float64'] < 1e-6
+    assert meta['metrics'] == report['metrics']['deployed']
+    assert meta['dataset_meta']['classes'] == ('circle', 'square', 'triangle')
+
+
+def test_what_is_left_out_is_reported(folder, plain, capsys):
+    report, out = plain
+    assert report['dropped_bytes'].keys() == {'ema_state_dict', 'message_hub', 'optimizer'}
+    assert report['dropped_bytes']['optimizer'] == 4000
+    state = torch.load(folder / 'iter_5.pth')['state_dict']
+    assert report['dropped_bytes']['ema_state_dict'] == sum(v.nbytes for v in state.values())
+    assert report['file_bytes']['training'] > 5 * report['file_bytes']['deployed']
+    capsys.readouterr()
+    print_report(report, out)
+    printed = capsys.readouterr().out
+    assert 'checkpoint file (MB)' in printed
+    assert 'ema_state_dict (' in printed
+    assert 'UNVERIFIED' not in printed
+
+
+def test_the_config_is_the_stock_one(plain):
+    text = (plain[1] / 'config.py').read_text()
+    assert 'orepa' not in text.lower().replace('retinanet_orepa', '')
+    assert 'ReparamTestHook' not in text
+
+
+def test_safetensors_hold_the_same(plain):
+    from safetensors import safe_open
+
+    state = torch.load(plain[1] / 'model.pth')['state_dict']
+    with safe_open(plain[1] / 'model.safetensors', 'pt') as file:
+        assert set(file.keys()) == set(state)
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in state.items())
+        assert json.loads(file.metadata()['meta'])['form'] == 'plain'
+
+
+def test_folded(folder, plain):
+    report = deploy(folder, folder / 'folded', form='folded', tta=True)
+    metrics = report['metrics']
+    assert metrics['deployed'] == pytest.approx(metrics['training'], abs=1e-4)
+    # augmented: not the numbers of the test without
+    assert metrics['training'] != pytest.approx(plain[0]['metrics']['training'], abs=1e-6)
+    assert report['parameters']['deployed'] < plain[0]['parameters']['deployed']
+    model = MODELS.build(Config.fromfile(folder / 'folded' / 'config.py').model)
+    assert type(model).__name__ == 'RetinaNet'
+    meta = load_weights(model, folder / 'folded' / 'model.pth')['meta']
+    assert (meta['form'], meta['verified']) == ('folded', True)
+    assert not [key for key in model.state_dict() if 'running' in key]
+    stock = MODELS.build(Config.fromfile(plain[1] / 'config.py').model)
+    load_weights(stock, plain[1] / 'model.pth')
+    model.eval()
+    stock.eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for one, other in zip(model.extract_feat(x), stock.extract_feat(x)):
+            assert relative_error(one, other) < 1e-4
+    # neither loads into the other
+    with pytest.raises(CheckpointError, match=r'is in folded form.*in plain form'):
+        load_weights(stock, folder / 'folded' / 'model.pth')
+    with pytest.raises(CheckpointError, match=r'is in plain form.*in folded form'):
+        load_weights(model, plain[1] / 'model.pth')
+
+
+def test_onnx(folder, capsys):
+    report = deploy(folder, folder / 'onnx', onnx=True, test=False, form='folded')
+    assert sorted(p.name for p in (folder / 'onnx').iterdir()) == [
+        'config.py', 'model.onnx', 'model.pth', 'report.json']
+    assert report['onnx']['passed']
+    assert report['onnx']['boxes']['matched'] > 0
+    assert report['onnx']['inputs']['network']['inputs'][0] == 'batch'
+    properties = {entry.key: entry.value
+                  for entry in onnx.load(folder / 'onnx' / 'model.onnx').metadata_props}
+    assert properties['source_sha256'] == pipeline.sha256(folder / 'iter_5.pth')
+    assert (properties['form'], json.loads(properties['verified'])) == ('folded', True)
+    print_report(report, folder / 'onnx')
+    assert 'final boxes that ONNX Runtime finds as well' in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r'holds model\.onnx of an earlier run'):
+        deploy(folder, folder / 'onnx')
+
+
+def test_a_wrong_onnx_is_not_saved(folder, monkeypatch):
+    good = pipeline.export_onnx
+
+    def wrong(model, *args, **kwargs):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.neck.fpn_convs[0].conv.bias.add_(1)
+        return good(model, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, 'export_onnx', wrong)
+    with pytest.raises(VerificationError, match=r'(?s)ONNX file does not compute the same.*'
+                       'nothing was saved.*cls_scores_0'):
+        deploy(folder, folder / 'wrong_onnx', onnx=True)
+    assert not (folder / 'wrong_onnx').exists()
+
+
+@pytest.mark.parametrize(('option', 'module'), [('onnx', 'onnxruntime'),
+                                                ('safetensors', 'safetensors.torch')])
+def test_what_is_not_installed_is_named_before_long_work(folder, monkeypatch, option, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(pipeline, 'build_test_runner', None)
+    with pytest.raises(ImportError, match=f'pip install .*{module.partition(".")[0]}'):
+        deploy(folder, folder / 'missing', **{option: True})
+
+
+@pytest.fixture
+def wrong_conversion(monkeypatch):
+    """One channel of one kernel is off."""
+    good = pipeline.reparameterize
+
+    def wrong(model, **kwargs):
+        model = good(model, **kwargs)
+        with torch.no_grad():
+            model.backbone.layer3[0].conv2.weight[0].mul_(1.5)
+        return model
+
+    monkeypatch.setattr(pipeline, 'reparameterize', wrong)
+
+
+def test_a_wrong_conversion_is_not_saved(folder, wrong_conversion):
+    with pytest.raises(VerificationError) as error:
+        deploy(folder, folder / 'wrong')
+    assert 'does not compute the same function, nothing was saved' in str(error.value)
+    assert 'in float32: ' in str(error.value)
+    assert 'starts in the layer backbone.layer3.0.conv2' in str(error.value)
+    assert not (folder / 'wrong').exists()
+
+
+def test_a_wrong_conversion_is_saved_on_demand(folder, wrong_conversion, capsys):
+    report = deploy(folder, folder / 'unverified', save_unverified=True, test=False)
+    assert 'backbone.layer3.0.conv2' in report['problems'][0]
+    meta = torch.load(folder / 'unverified' / 'model.pth')['meta']
+    assert not meta['verified']
+    assert meta['verification']['first_difference'] == 'backbone.layer3.0.conv2'
+    print_report(report, folder / 'unverified')
+    assert 'UNVERIFIED' in capsys.readouterr().out
+
+
+def test_a_metric_that_moves_is_not_saved(folder, monkeypatch):
+    found = iter([{'coco/bbox_mAP': 0.5}, {'coco/bbox_mAP': 0.4997}])
+    monkeypatch.setattr(pipeline, 'tested_metrics', lambda *args: next(found))
+    with pytest.raises(VerificationError, match=r'coco/bbox_mAP is 0\.50000 .*0\.49970.*3\.00e-04'):
+        deploy(folder, folder / 'moved')
+    assert not (folder / 'moved').exists()
+
+
+def test_a_failure_leaves_nothing_behind(folder, monkeypatch):
+    def fail(*args):
+        raise OSError('the disk is full')
+
+    monkeypatch.setattr(pipeline, 'tested_metrics', fail)
+    (folder / 'kept').mkdir()
+    (folder / 'kept' / 'mine.txt').touch()
+    for out in ('kept', 'gone'):
+        with pytest.raises(OSError, match='disk is full'):
+            deploy(folder, folder / out)
+    assert [path.name for path in (folder / 'kept').iterdir()] == ['mine.txt']
+    assert not (folder / 'gone').exists()
+
+
+def test_the_input_is_not_overwritten(folder):
+    for name in ('model.pth', 'config.py'):
+        (folder / name).exists() or (folder / name).symlink_to(folder / 'iter_5.pth')
+    with pytest.raises(FileExistsError, match='would overwrite the input'):
+        reparameterize_checkpoint(config(folder), folder / 'model.pth', folder)
+
+
+def test_files_of_an_earlier_run_are_not_mixed_in(folder, plain):
+    with pytest.raises(FileExistsError, match=r'holds model\.safetensors of an earlier run'):
+        deploy(folder, plain[1])
+
+
+def test_a_plain_model_has_nothing_to_convert(folder, plain):
+    cfg = Config.fromfile(plain[1] / 'config.py')
+    cfg.work_dir, cfg.launcher = str(folder / 'work'), 'none'
+    with pytest.raises(CheckpointError, match=r'is in plain form already, .*training form'):
+        reparameterize_checkpoint(cfg, plain[1] / 'model.pth', folder / 'again')
+    stock = torch.load(plain[1] / 'model.pth')['state_dict']
+    torch.save(stock, folder / 'stock.pth')
+    with pytest.raises(NothingToConvertError, match='nothing to re-parameterize'):
+        reparameterize_checkpoint(cfg, folder / 'stock.pth', folder / 'again')
