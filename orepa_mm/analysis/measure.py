@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import reparam_layers
+from ..layers import forget_kernels
 
 #: Is told what is being done, how many steps of it are done, and of how many.
 Progress = Callable[[str, int, int], None]
@@ -143,18 +143,6 @@ def peak_allocation(function: Callable[[], object], device: torch.device | str =
                      in enumerate(profiler.profiler.kineto_results.events())
                      if event.name() == '[memory]')
     return max(accumulate(change for *_, change in changes), default=0)
-
-
-def forget_kernels(model: nn.Module) -> None:
-    """Let every layer that generates its kernel squeeze it anew at the next call.
-
-    `model.eval()` does so as well, but not in frozen layers.
-
-    Args:
-        model: Any module.
-    """
-    for layer in reparam_layers(model):
-        layer.to(next(layer.parameters()).device)  # where it is; a move drops what was kept
 
 
 def time_calls(functions: Mapping[str, Callable[[], object]], rounds: int = 20, warmup: int = 3,

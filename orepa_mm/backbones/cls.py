@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmpretrain.models.backbones import RepVGG, ResNet, ResNetV1c, ResNeXt
 from mmpretrain.models.backbones.repvgg import RepVGGBlock
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..layers import replace_with_conv2d
+from ..layers import ReparamConv2d, conv2d_like
+from ..layers.precision import has_float64
+from ..layers.squeeze import identity_pointwise
 from .mixin import DBBMixin, OREPAMixin, ReparamBackboneMixin
 
 
@@ -120,29 +124,43 @@ class _ExcitedBlock(nn.Module):
         return self.act(self.se_layer(self.branch_reparam(x)))
 
 
+@torch.no_grad()
 def deploy_repvgg_block(block: RepVGGBlock) -> None:
-    """Fuse the branches in place by the stock block's own method, in float64.
+    """Make the branches of a block one convolution, in place: BN folded, summed in float64.
 
-    As it is, that method would build OREPA layers anew, forget the training
-    flag and `requires_grad`, and refuse SyncBN.
+    The stock block's own method would build OREPA layers anew, forget the
+    training flag and `requires_grad`, and refuse SyncBN.
 
     Args:
         block: MMPretrain's, with or without OREPA layers in it.
     """
     if block.deploy:
         return
-    dtype = next(block.parameters()).dtype
-    trainable = any(parameter.requires_grad for parameter in block.parameters())
-    excitation = {} if block.se_layer is None else {
-        parameter: parameter.requires_grad for parameter in block.se_layer.parameters()}
-    block.double()
-    replace_with_conv2d(block)
-    if block.norm_cfg['type'] == 'SyncBN':
-        block.norm_cfg = {**block.norm_cfg, 'type': 'BN'}
-    with torch.no_grad():
-        block.switch_to_deploy()
-    block.to(dtype)
-    block.branch_reparam.requires_grad_(trainable)
-    for parameter, requires_grad in excitation.items():
-        parameter.requires_grad_(requires_grad)
-    block.train(block.training)
+    dense = block.branch_3x3.conv
+    margin = [size // 2 for size in dense.kernel_size for _ in range(2)]
+    branches = [(_kernel(dense), block.branch_3x3.norm),
+                (F.pad(_kernel(block.branch_1x1.conv), margin), block.branch_1x1.norm)]
+    if block.branch_norm is not None:
+        identity = identity_pointwise(dense.out_channels, dense.in_channels // dense.groups)
+        branches.append((F.pad(identity.to(branches[0][0]), margin), block.branch_norm))
+    fused = [fuse_conv_bn_weights(kernel, None, *(
+        tensor.to(kernel.device).double() for tensor in (norm.running_mean, norm.running_var)),
+        norm.eps, *(tensor.to(kernel.device).double() for tensor in (norm.weight, norm.bias)))
+        for kernel, norm in branches]
+    kernel, bias = (sum(terms) for terms in zip(*fused))
+    trainable = any(parameter.requires_grad for branch in (
+        block.branch_3x3, block.branch_1x1, block.branch_norm) if branch is not None
+        for parameter in branch.parameters())
+    block.branch_reparam = conv2d_like(dense, kernel, bias, block.branch_3x3.norm.weight)
+    block.branch_reparam.requires_grad_(trainable).train(block.training)
+    for name in ('branch_3x3', 'branch_1x1', 'branch_norm'):
+        delattr(block, name)
+    block.conv_cfg, block.deploy = None, True
+
+
+def _kernel(conv: nn.Module) -> Tensor:
+    """The kernel in float64, `(o, i, k, k)`."""
+    if isinstance(conv, ReparamConv2d):
+        return conv.equivalent_kernel_bias()[0]
+    weight = conv.weight.detach()
+    return (weight if has_float64(weight.device) else weight.cpu()).double()

@@ -12,7 +12,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import nn
 
 from ..checkpoints import load_pretrained
-from ..layers import DBBConv2d, adjacent_children, replace_with_conv2d
+from ..layers import DBBConv2d, adjacent_children, reparam_layers, replace_with_conv2d
 
 
 class ReparamBackboneMixin:
@@ -45,6 +45,8 @@ class ReparamBackboneMixin:
             kwargs['deploy'] = deploy
         super().__init__(*args, conv_cfg=conv_cfg, **kwargs)
         self.deploy = deploy
+        #: Whether the blocks start as published: no rule of the user's own for kernels.
+        self.published_init = kwargs.get('init_cfg') is None
 
     @classmethod
     def stock_cfg(cls, cfg: dict) -> dict:
@@ -59,7 +61,9 @@ class ReparamBackboneMixin:
     def init_weights(self) -> None:
         """Initialise as the stock class does, but load pretrained weights strictly.
 
-        A deployed backbone without them is warned of: trained from scratch it
+        Blocks keep their published initialisation, which the stock class's own
+        rule for `Conv2d` would change; an `init_cfg` of the user's own acts. A
+        deployed backbone without weights is warned of: trained from scratch it
         is the plain network.
         """
         init_cfg = self.init_cfg
@@ -73,6 +77,9 @@ class ReparamBackboneMixin:
                           'leave deploy=True out; to go on from re-parameterized weights, load '
                           'them (load_from, init_cfg).', 'current', logging.WARNING)
             super().init_weights()
+            if self.published_init:
+                for layer in reparam_layers(self):
+                    layer.reset_parameters()
 
     def switch_to_deploy(self) -> None:
         """Re-parameterize in place: afterwards this is the stock network.

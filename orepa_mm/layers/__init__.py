@@ -5,8 +5,9 @@ from .builder import build_dbb_conv, build_orepa_conv
 from .dbb import DBBConv2d
 from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d
 from .stem import OREPAStemConv2d
-from .surgery import adjacent_children, reparam_layers, replace_with_conv2d
+from .stock import conv2d_like
+from .surgery import adjacent_children, forget_kernels, reparam_layers, replace_with_conv2d
 
 __all__ = ['DBBConv2d', 'OREPAConv1x1', 'OREPAConv2d', 'OREPARepVGGConv2d', 'OREPAStemConv2d',
            'ReparamConv2d', 'adjacent_children', 'build_dbb_conv', 'build_orepa_conv',
-           'reparam_layers', 'replace_with_conv2d']
+           'conv2d_like', 'forget_kernels', 'reparam_layers', 'replace_with_conv2d']

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from .constants import WithConstants
+from .generated import GeneratedKernel
+from .kept import KeptKernel
+from .precision import exact_products, has_float64
+from .stock import conv2d_like
+
+#: Largest scale-relative error of a kernel that `set_kernel` takes for that kernel, at least;
+#: in half precision 8 units of rounding.
+_KERNEL_TOLERANCE = 1e-5
 
 
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Switch autocast off on `device`: half precision would spoil the squeeze."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-class ReparamConv2d(nn.Module, ABC):
+class ReparamConv2d(WithConstants, ABC):
     """A 2-D convolution whose `weight` is generated from several branches.
 
     It is called, printed and read as `torch.nn.Conv2d` is, and computes
     `conv2d(x, weight) + bias`. It is no subclass of it, so that an
-    initialisation rule for `Conv2d` does not reach it.
+    initialisation rule for `Conv2d` does not reach into its branches.
 
-    A subclass creates its parameters, calls `reset_parameters()` at the end of
-    its `__init__`, and implements `squeeze` and `reset_branches`.
+    A subclass creates its parameters and constants, calls `reset_parameters()`
+    at the end of its `__init__`, and implements `squeeze`, `reset_branches`,
+    `_reference` and, if any kernel can be put into it, `_change_kernel`.
 
     In eval mode the kernel is generated once and kept as long as no gradient
     can flow to the branches. It is generated anew after `train()` and `eval()`
     (unless the layer is frozen), loading, moving to another device or dtype,
-    and any in-place change of a parameter. MMEngine's moving averages write
-    through `parameter.data`, which PyTorch's version counter does not see; a
-    checksum of the branches does.
+    and any in-place change of a parameter. A write through `parameter.data`
+    changes nothing that could be seen without waiting for the device: whoever
+    writes so in eval mode calls `forget_kernel()`. (MMEngine's moving averages
+    do, but its loops call `eval()` afterwards.) A CUDA graph that is captured
+    in eval mode holds the kernel that is kept then.
 
     Args:
         in_channels: `I`.
@@ -92,18 +96,22 @@ class ReparamConv2d(nn.Module, ABC):
             self.bias = nn.Parameter(torch.empty(out_channels, **self._factory_kwargs))
         else:
             self.register_parameter('bias', None)
-        self._cache: tuple[_State, Tensor, int] | None = None
+        self._kept: KeptKernel | None = None
 
     extra_repr = nn.Conv2d.extra_repr
+    #: What MMEngine's and MMCV's conv-BN functions call with a kernel of their own.
+    _conv_forward = nn.Conv2d._conv_forward
 
     # --- to be given by a subclass -------------------------------------------
 
     @abstractmethod
-    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
+                ) -> Tensor:
         """Generate the kernel from the branches.
 
         Args:
             dtype: Type to compute in; the parameters' own by default.
+            device: Where to compute; where the parameters are by default.
 
         Returns:
             Kernel of shape `(o, i, k, k)` in that type.
@@ -112,6 +120,18 @@ class ReparamConv2d(nn.Module, ABC):
     @abstractmethod
     def reset_branches(self) -> None:
         """Draw the branch weights and set the scaling vectors anew."""
+
+    def _change_kernel(self, change: Tensor) -> None:
+        """Change the branches so that the kernel changes by this, as far as they can.
+
+        Args:
+            change: `(o, i, k, k)`, float64.
+
+        Raises:
+            TypeError: If the kernel is no linear function of the branches.
+        """
+        raise TypeError(f'the kernel of a {type(self).__name__} cannot be set: it is no linear '
+                        'function of its branches')
 
     # --- as a convolution ----------------------------------------------------
 
@@ -125,26 +145,29 @@ class ReparamConv2d(nn.Module, ABC):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def init_weights(self) -> None:
-        """The name under which MMEngine and MMCV ask a layer to initialise itself."""
-        self.reset_parameters()
+        """Keep the values: MMCV gives a convolution that has this method none of its own.
+
+        The branches were initialised when the layer was made, and MMEngine calls
+        this after its own rules, which shall stay.
+        """
 
     @property
     def weight(self) -> Tensor:
-        """The generated kernel, `(o, i, k, k)`, in the dtype of the parameters."""
-        if self.training or self._gradient_can_flow() or _is_recorded():
-            return self._generate()
-        state = _State.of(self)
-        if state is None:
-            return self._generate()
-        if self._cache is not None:
-            cached_state, weight, version = self._cache
-            if cached_state.equals(state) and weight._version == version:
-                return weight
-        # A tensor made in inference mode could not be used outside of it later.
-        with torch.inference_mode(False), torch.no_grad():
-            weight = self._generate()
-        self._cache = (state, weight, weight._version)
-        return weight
+        """The generated kernel, `(o, i, k, k)`, in the dtype of the parameters.
+
+        Gradients flow through it. What is written into it, also through
+        `weight.data`, goes into the branches, see `set_kernel`; writing into a
+        part of it (`weight[0]`) is an error.
+        """
+        try:
+            kernel = self._kernel()
+            if _is_recorded() or type(kernel) is not Tensor:
+                return kernel
+            # what is handed out may be written into: not the kernel that is kept
+            return GeneratedKernel.of(self, kernel.clone() if self._kept else kernel)
+        except AttributeError as error:  # nn.Module would say that there is no weight
+            raise RuntimeError(f'the kernel of this {type(self).__name__} cannot be generated: '
+                               f'{error}') from error
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve.
@@ -155,7 +178,65 @@ class ReparamConv2d(nn.Module, ABC):
         Returns:
             Feature map, `(N, o, H', W')`, sizes as of `torch.nn.Conv2d`.
         """
-        return nn.Conv2d._conv_forward(self, x, self.weight, self.bias)
+        if isinstance(x, fx.Proxy):  # one step of a traced graph, or the kernel would be a constant
+            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
+        return self._conv_forward(x, self._kernel(), self.bias)
+
+    @torch.no_grad()
+    def set_kernel(self, kernel: Tensor, bias: Tensor | None = None, *, strict: bool = True
+                   ) -> float:
+        """Let the block generate a given kernel, through its origin branch.
+
+        All other branches stay as they are. Computed in float64; what the
+        rounding of the branches to their dtype leaves is corrected once.
+
+        Args:
+            kernel: `(o, i, k, k)`, any dtype and device.
+            bias: `(o,)`; None leaves the bias as it is.
+            strict: Raise if the block cannot generate the kernel. Otherwise it
+                generates the nearest one that it can.
+
+        Returns:
+            By how much the kernel is missed: largest absolute difference over
+            the largest absolute value.
+
+        Raises:
+            ValueError: If a shape is another, a value is not finite, there is a
+                bias but the layer has none, or the kernel is missed: a scale of
+                the origin branch is zero, or a stem is too narrow. The layer is
+                left as it was.
+            TypeError: If the kernel is no linear function of the branches.
+        """
+        reference = self._reference()
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        if tuple(kernel.shape) != shape:
+            raise ValueError(f'{type(self).__name__} needs a kernel of shape {shape}, got '
+                             f'{tuple(kernel.shape)}')
+        if bias is not None and (self.bias is None or bias.shape != self.bias.shape):
+            raise ValueError(f'{type(self).__name__} has ' + (
+                'no bias' if self.bias is None else f'a bias of shape {tuple(self.bias.shape)}')
+                + f', got one of shape {tuple(bias.shape)}')
+        if reference.is_meta or kernel.is_meta:
+            return 0.0  # shapes only
+        if not kernel.isfinite().all():
+            raise ValueError('the kernel to be set holds values that are not finite')
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        wanted = kernel.detach().to(self._exact_device()).double()
+        for _ in range(2):
+            self._change_kernel(wanted - self.squeeze(torch.float64, self._exact_device()))
+        missed = (wanted - self.squeeze(torch.float64, self._exact_device())).abs().max().item()
+        missed /= wanted.abs().max().item() or 1.0
+        tolerance = max(_KERNEL_TOLERANCE, 8 * torch.finfo(reference.dtype).eps)
+        if strict and not missed <= tolerance:
+            self.load_state_dict(before)
+            raise ValueError(
+                f'this {type(self).__name__} cannot generate the kernel, it would miss it by '
+                f'{missed:.1e} of its largest value: a scale of its origin branch is zero, or a '
+                'stem is too narrow')
+        if bias is not None:
+            self.bias.copy_(bias)
+        self.forget_kernel()
+        return missed
 
     # --- re-parameterization -------------------------------------------------
 
@@ -163,11 +244,13 @@ class ReparamConv2d(nn.Module, ABC):
         """The one convolution that this block equals, computed in float64.
 
         Returns:
-            Kernel `(o, i, k, k)` and bias `(o,)` or None, in float64.
+            Kernel `(o, i, k, k)` and bias `(o,)` or None, in float64; on the CPU
+            if the layer's device has no float64.
         """
-        with torch.no_grad(), _full_precision(self._reference().device):
-            bias = None if self.bias is None else self.bias.double()
-            return self.squeeze(torch.float64), bias
+        device = self._exact_device()
+        with torch.no_grad(), exact_products(device):
+            bias = None if self.bias is None else self.bias.to(device).double()
+            return self.squeeze(torch.float64, device), bias
 
     def to_conv2d(self) -> nn.Conv2d:
         """Build the stock convolution that this block equals.
@@ -177,39 +260,53 @@ class ReparamConv2d(nn.Module, ABC):
         Returns:
             A new `torch.nn.Conv2d`; this layer is left as it is.
         """
-        reference = self._reference()
         kernel, bias = self.equivalent_kernel_bias()
-        trainable = any(parameter.requires_grad for parameter in self.parameters())
-        conv = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride,
-                         self.padding, self.dilation, self.groups, bias is not None,
-                         self.padding_mode, device='meta')
-        memory_format = (torch.channels_last if self._is_channels_last()
-                         else torch.contiguous_format)
-        conv.weight = nn.Parameter(
-            kernel.to(reference.dtype).contiguous(memory_format=memory_format), trainable)
-        if bias is not None:
-            conv.bias = nn.Parameter(bias.to(reference.dtype), trainable)
-        conv.reparameterized = True  # tells a second conversion that there was a first
-        return conv.train(self.training)
+        conv = conv2d_like(self, kernel, bias, self._reference())
+        if self._is_channels_last():
+            conv = conv.to(memory_format=torch.channels_last)
+        conv.gained_bias = self.bias is None and bias is not None
+        return conv
 
-    # --- the cache of the kernel ---------------------------------------------
+    #: The name by which timm's `reparameterize_model` asks a layer what it equals.
+    fuse = to_conv2d
+
+    def switch_to_deploy(self) -> None:
+        """Refuse: a layer cannot replace itself, and a walker that only calls this would go on.
+
+        Raises:
+            RuntimeError: Always; it says what to call.
+        """
+        raise RuntimeError(f'a {type(self).__name__} cannot re-parameterize itself in place: call '
+                           'orepa_mm.reparameterize(model), which replaces every such layer')
+
+    # --- the kernel that is kept -----------------------------------------------
+
+    def forget_kernel(self) -> None:
+        """Generate the kernel anew at the next call.
+
+        For whoever writes into branches through `parameter.data` in eval mode.
+        """
+        self._kept = None
 
     def train(self, mode: bool = True) -> ReparamConv2d:
-        """Set the mode as any module does; the kernel of a frozen layer is kept.
+        """Set the mode as any module does; this forgets the kernel, but for a frozen layer's.
 
-        Training loops call this at every iteration, and frozen stages are put
-        back into eval mode: they shall be squeezed once.
+        Training loops call `train()` at every iteration, and put frozen stages
+        back into eval mode: these shall be squeezed once. `eval()` in eval mode
+        forgets it there as well: moving averages, whose parameters are frozen
+        too, are written through `.data` before they are evaluated.
         """
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            self._cache = None
+        again = not mode and not self.training
+        if again or any(parameter.requires_grad for parameter in self.parameters()):
+            self.forget_kernel()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> ReparamConv2d:
-        self._cache = None
-        return super()._apply(*args, **kwargs)
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> ReparamConv2d:
+        self.forget_kernel()
+        return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        self._cache = None
+        self.forget_kernel()
         plain = {f'{prefix}weight', f'{prefix}bias'}
         if f'{prefix}weight' in state_dict and not (
                 self.state_dict(prefix=prefix).keys() - plain) & state_dict.keys():
@@ -222,68 +319,57 @@ class ReparamConv2d(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict:
-        """Copies and pickles start without a cached kernel."""
-        return {**self.__dict__, '_cache': None}
+        """Copies and pickles start without a kept kernel."""
+        return {**self.__dict__, '_kept': None}
+
+    # --- generation ----------------------------------------------------------------
+
+    def _kernel(self) -> Tensor:
+        """The kernel as the forward pass takes it: kept, if it may be."""
+        if self.training or self._gradient_can_flow() or _is_recorded():
+            return self._generate()
+        if self._kept is not None and self._kept.holds_for(self):
+            return self._kept.kernel
+        # A tensor made in inference mode could not be used outside of it later.
+        with torch.inference_mode(False), torch.no_grad():
+            kernel = self._generate()
+        self._kept = None if _is_captured(kernel) else KeptKernel.of(self, kernel)
+        return kernel
 
     def _generate(self) -> Tensor:
         """Squeeze in float32 at least, also under autocast; return in our own dtype."""
         reference = self._reference()
-        with _full_precision(reference.device):
+        with exact_products(reference.device):
             kernel = self.squeeze(torch.promote_types(reference.dtype, torch.float32))
         return kernel.to(reference.dtype)
 
     def _gradient_can_flow(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
-    @abstractmethod
-    def _reference(self) -> Tensor:
-        """A branch parameter: its dtype and device are those of the layer."""
+    def _exact_device(self) -> torch.device:
+        device = self._reference().device
+        return device if has_float64(device) else torch.device('cpu')
 
     def _is_channels_last(self) -> bool:
         return any(p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
                    and not p.is_contiguous() for p in self.parameters())
 
 
-def _is_recorded() -> bool:
-    """Whether a compiler, tracer or CUDA graph records what runs: then nothing may be kept."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or (
-        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+class _NamedConv2d:
+    """What lets MMEngine's rules for `Conv2d` find a layer: they compare names of base classes.
 
-
-@dataclass(frozen=True)
-class _State:
-    """What a generated kernel depends on.
-
-    Attributes:
-        tensors: All parameters and buffers, as (alias, address, version). The
-            alias keeps the storage alive, so that an address cannot come back
-            for other content.
-        checksum: A weighted sum of every row of every branch parameter, which
-            also sees what was written through `parameter.data`.
+    Whatever such a rule writes into `weight` goes into the branches.
     """
 
-    tensors: list[tuple[Tensor, int, int]]
-    checksum: Tensor
 
-    @classmethod
-    def of(cls, layer: nn.Module) -> _State | None:
-        """The present state; None where a tensor tells no version or address."""
-        branches = [p.detach().flatten(1) for p in layer.parameters() if p.dim() > 1]
-        if not branches or branches[0].is_meta or any(type(b) is not Tensor for b in branches):
-            return None  # a replica, no content, or a subclass that may hide it
-        try:
-            tensors = [(tensor.detach(), tensor.data_ptr(), tensor._version)
-                       for tensor in (*layer.parameters(), *layer.buffers())]
-        except RuntimeError:  # inference tensors, tensors inside torch.func transforms
-            return None
-        with torch.no_grad(), _full_precision(branches[0].device):
-            checksum = torch.cat([
-                rows @ torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
-                for rows in branches])
-        return cls(tensors, checksum)
+_NamedConv2d.__name__ = 'Conv2d'
 
-    def equals(self, other: _State) -> bool:
-        return len(self.tensors) == len(other.tensors) and all(
-            one[1:] == two[1:] and one[0].shape == two[0].shape
-            for one, two in zip(self.tensors, other.tensors)
-        ) and torch.equal(self.checksum, other.checksum)
+
+def _is_recorded() -> bool:
+    """Whether a compiler or a tracer records what runs: then nothing may be kept."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_captured(kernel: Tensor) -> bool:
+    """Whether a kernel was made inside a CUDA graph, whose memory is not ours to keep."""
+    return kernel.is_cuda and type(kernel) is Tensor and torch.cuda.is_current_stream_capturing()

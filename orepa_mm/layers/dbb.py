@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import squeeze
 from .base import ReparamConv2d
+from .precision import exact_products
 
 
 class DBBConv2d(ReparamConv2d):
@@ -79,7 +80,7 @@ class DBBConv2d(ReparamConv2d):
                 f'dilation={dilation}, padding_mode={padding_mode!r}')
 
         def conv(channels: int, out: int, size: int, **kwargs: object) -> nn.Conv2d:
-            return nn.Conv2d(channels, out, size, groups=g, bias=False, **kwargs,
+            return _Branch(channels, out, size, groups=g, bias=False, **kwargs,
                              **self._factory_kwargs)
 
         def norm(channels: int) -> nn.Module:
@@ -133,50 +134,65 @@ class DBBConv2d(ReparamConv2d):
         y = self.dbb_origin(x) + self.dbb_1x1(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
-    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
+                ) -> Tensor:
         """The kernel with the running statistics of the BNs, `(o, i, k, k)`, without gradients."""
-        return self._squeeze_with_bias(dtype or self._reference().dtype)[0]
+        return self._squeeze_with_bias(dtype or self._reference().dtype, device)[0]
 
     def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """The one convolution that this block equals in eval mode; see the base class."""
-        kernel, bias = self._squeeze_with_bias(torch.float64)
-        return kernel, bias if self.bias is None else bias + self.bias.double()
+        device = self._exact_device()
+        with exact_products(device):
+            kernel, bias = self._squeeze_with_bias(torch.float64, device)
+        return kernel, bias if self.bias is None else bias + self.bias.to(device).double()
 
     @torch.no_grad()
-    def _squeeze_with_bias(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        k, g = self.kernel_size[0], self.groups
-        kernel, bias = _fuse(self.dbb_origin.conv.weight, self.dbb_origin.bn, dtype)
+    def _squeeze_with_bias(self, dtype: torch.dtype, device: torch.device | None
+                           ) -> tuple[Tensor, Tensor]:
+        def fused(kernel: Tensor, bn: nn.Module) -> tuple[Tensor, Tensor]:
+            return _fuse(kernel, bn, dtype, device or kernel.device)
 
-        pointwise, shift = _fuse(self.dbb_1x1.conv.weight, self.dbb_1x1.bn, dtype)
-        kernel, bias = kernel + F.pad(pointwise, [k // 2] * 4), bias + shift
-
-        first = next(self.dbb_1x1_kxk.children())
+        first, k = next(self.dbb_1x1_kxk.children()), self.kernel_size[0]
         first = first.kernel if isinstance(first, _IdentityConv1x1) else first.weight
-        first, inner = _fuse(first, self.dbb_1x1_kxk.bn1.bn, dtype)
-        second, shift = _fuse(self.dbb_1x1_kxk.conv2.weight, self.dbb_1x1_kxk.bn2, dtype)
-        kernel = kernel + squeeze.squeeze_sequential(first, second, g)
-        bias = bias + shift + squeeze.squeeze_bias(inner, second, g)
-
-        pointwise, inner = _fuse(self.dbb_avg.conv.weight, self.dbb_avg.bn.bn, dtype)
-        window, shift = _fuse(pointwise.new_full((len(pointwise), 1, k, k), 1 / k**2),
-                              self.dbb_avg.avgbn, dtype)
-        kernel = kernel + squeeze.squeeze_windows([pointwise], [window.squeeze(1)])
-        return kernel, bias + shift + inner * window.sum(dim=(1, 2, 3))
+        average = self.dbb_avg.conv.weight
+        return squeeze.dbb_kernel_bias(
+            origin=fused(self.dbb_origin.conv.weight, self.dbb_origin.bn),
+            pointwise=fused(self.dbb_1x1.conv.weight, self.dbb_1x1.bn),
+            first=fused(first, self.dbb_1x1_kxk.bn1.bn),
+            second=fused(self.dbb_1x1_kxk.conv2.weight, self.dbb_1x1_kxk.bn2),
+            average=fused(average, self.dbb_avg.bn.bn),
+            window=fused(average.new_full((len(average), 1, k, k), 1 / k**2), self.dbb_avg.avgbn),
+            groups=self.groups)
 
     def _reference(self) -> Tensor:
         return self.dbb_origin.conv.weight
 
 
-class _IdentityConv1x1(nn.Conv2d):
+class _BranchConv2d(nn.Conv2d):
+    """A convolution of a branch."""
+
+
+class _Branch(_BranchConv2d):
+    """The same, not to be found by MMEngine's rules for `Conv2d`: they compare names of bases.
+
+    The BN of a branch takes the scale of its kernel away, so that such a rule has no meaning.
+    """
+
+
+class _IdentityConv1x1(_BranchConv2d):
     """A 1 x 1 convolution whose kernel is added to the identity."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        identity = squeeze.identity_pointwise(*self.weight.shape[:2])
+        self.register_buffer('identity', identity.to(self.weight), persistent=False)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
     @property
     def kernel(self) -> Tensor:
-        identity = squeeze.identity_pointwise(*self.weight.shape[:2])
-        return self.weight + identity.to(self.weight)
+        return self.weight + self.identity
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel, groups=self.groups)
@@ -216,9 +232,10 @@ class _Average(nn.Module):
         return F.conv2d(x, window, None, self.stride, 0, self.dilation, channels)
 
 
-def _fuse(kernel: Tensor, bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fuse(kernel: Tensor, bn: nn.Module, dtype: torch.dtype, device: torch.device
+          ) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a convolution with its BN."""
-    weight, bias = fuse_conv_bn_weights(
-        kernel.to(dtype), None, bn.running_mean.to(dtype), bn.running_var.to(dtype), bn.eps,
-        bn.weight.to(dtype), bn.bias.to(dtype))
-    return weight, bias
+    kernel, mean, variance, weight, bias = (
+        tensor.to(device).to(dtype)
+        for tensor in (kernel, bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    return fuse_conv_bn_weights(kernel, None, mean, variance, bn.eps, weight, bias)

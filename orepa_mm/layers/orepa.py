@@ -9,20 +9,21 @@ their checkpoints loads as it is, without its BN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import squeeze
-from .base import ReparamConv2d
+from .base import ReparamConv2d, _NamedConv2d
 
 
 class _BranchedConv2d(ReparamConv2d):
-    """What the two branched blocks share: scaling vectors and init options."""
+    """What the branched blocks share: scaling vectors, init options, the origin branch."""
 
-    #: Initial scale of every branch, one row of `vector` each.
+    #: Initial scale of every branch, one row of `vector` each; the origin's is the first.
     initial_scales: tuple[float, ...]
+    #: Name of the origin branch, `(o, i, k, k)`.
+    origin: str
 
     def _set_init_options(self, single_init: bool, init_hyper_gamma: float,
                           init_hyper_para: float) -> None:
@@ -30,11 +31,8 @@ class _BranchedConv2d(ReparamConv2d):
         self.init_hyper_gamma = init_hyper_gamma
         self.init_hyper_para = init_hyper_para
 
-    def _new_tensor(self, *shape: int) -> Tensor:
-        return torch.empty(shape, **self._factory_kwargs)
-
     def _new_parameter(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(self._new_tensor(*shape))
+        return nn.Parameter(torch.empty(shape, **self._factory_kwargs))
 
     def _reset_scales(self) -> None:
         for row, scale in zip(self.vector, self.initial_scales):
@@ -43,18 +41,127 @@ class _BranchedConv2d(ReparamConv2d):
             nn.init.zeros_(self.vector)
             nn.init.ones_(self.vector[0])
 
-    def _scales(self, dtype: torch.dtype | None) -> list[Tensor]:
-        return self._tensor('vector', dtype).unbind()
+    def _at(self, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+        """A branch tensor as the squeeze takes it."""
+        # first to the device: it may be one without float64
+        return tensor.to(device or tensor.device).to(dtype or self.vector.dtype)
 
-    def _tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        # an attribute, no parameter: pruning and parametrizations replace those
-        return getattr(self, name).to(dtype or self.vector.dtype)
+    def _change_kernel(self, change: Tensor) -> None:
+        """Change the origin branch, in which the kernel is linear; see the base class."""
+        scale = self.vector[0].to(change).view(-1, 1, 1, 1)
+        # where the scale is zero the branch has no say
+        step = torch.where(scale == 0, torch.zeros_like(change), change / scale)
+        origin = getattr(self, self.origin)
+        origin.copy_(origin.to(step) + step)
 
     def _reference(self) -> Tensor:
         return self.vector
 
 
-class OREPAConv2d(_BranchedConv2d):
+class _KxK(_BranchedConv2d):
+    """The branches that the OREPA block and the one of RepVGG have in common."""
+
+    #: What the authors' names of the branch tensors begin with.
+    prefix: str
+    #: `a` of the Kaiming-uniform initialisation.
+    kaiming_slope: float
+    expansion = 8
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        single_init: bool = False,
+        init_hyper_gamma: float = 1.0,
+        init_hyper_para: float = 1.0,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
+        self._set_init_options(single_init, init_hyper_gamma, init_hyper_para)
+        self._create_branches()
+        self._register_constants()
+        self.reset_parameters()
+
+    def _create_branches(self) -> None:
+        raise TypeError(f'{type(self).__name__} is no block')
+
+    def _create(self, **shapes: tuple[int, ...]) -> None:
+        """Create branch tensors by the names that the authors give them behind the prefix."""
+        for name, shape in shapes.items():
+            self.register_parameter(self.prefix + name.lstrip('_'), self._new_parameter(*shape))
+
+    def _make_constants(self) -> dict[str, Tensor]:
+        k, o = self.kernel_size[0], self.out_channels
+        constants = {f'{self.prefix}avg_avg': torch.full((k, k), 1 / k**2),
+                     f'{self.prefix}prior': squeeze.frequency_prior(o, k)}
+        first = getattr(self, f'{self.prefix}1x1_kxk_idconv1', None)
+        if first is not None:
+            constants['id_tensor'] = squeeze.identity_pointwise(*first.shape[:2])
+        return constants
+
+    def reset_branches(self) -> None:
+        """Kaiming-uniform weights, the identity-based 1 x 1 at zero, scales as published."""
+        for name, weight in self.named_parameters(recurse=False):
+            if name.startswith(self.prefix):
+                nn.init.kaiming_uniform_(weight, a=self.kaiming_slope)
+                weight.mul_(math.sqrt(self.init_hyper_para) if '_gconv_' in name
+                            else self.init_hyper_para)
+            if name.endswith('idconv1'):
+                nn.init.zeros_(weight)
+        nn.init.zeros_(self.vector)  # a row that no branch reads stays so
+        self._reset_scales()
+
+
+class _OREPAConv2d(_KxK):
+    """The OREPA block without the name by which stock rules of initialisation find it."""
+
+    initial_scales = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
+    prefix = 'weight_orepa_'
+    origin = 'weight_orepa_origin'
+    kaiming_slope = 0.0
+
+    def _create_branches(self) -> None:
+        o, k, g = self.out_channels, self.kernel_size[0], self.groups
+        i, hidden = self.in_channels // g, self.in_channels * (1 if g <= 4 else 2)
+        self._create(
+            origin=(o, i, k, k), avg_conv=(o, i, 1, 1), pfir_conv=(o, i, 1, 1),
+            _1x1_kxk_idconv1=(hidden, i, 1, 1), _1x1_kxk_conv2=(o, hidden // g, k, k),
+            gconv_dw=(self.expansion * self.in_channels, 1, k, k),
+            gconv_pw=(o, self.expansion * i, 1, 1))
+        self.vector = self._new_parameter(6, o)
+        self._create(_1x1=(o, i, 1, 1))
+
+    def _make_constants(self) -> dict[str, Tensor]:
+        return {**super()._make_constants(),
+                'centre': squeeze.centre_window(self.kernel_size[0])}
+
+    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
+                ) -> Tensor:
+        """The sum of the six branches, `(o, i, k, k)`; see the base class."""
+        def at(tensor: Tensor) -> Tensor:
+            return self._at(tensor, dtype, device)
+
+        return squeeze.orepa_kernel(
+            origin=at(self.weight_orepa_origin), average=at(self.weight_orepa_avg_conv),
+            prior=at(self.weight_orepa_pfir_conv), first=at(self.weight_orepa_1x1_kxk_idconv1),
+            second=at(self.weight_orepa_1x1_kxk_conv2), pointwise=at(self.weight_orepa_1x1),
+            depthwise=at(self.weight_orepa_gconv_dw), separable=at(self.weight_orepa_gconv_pw),
+            scales=at(self.vector), average_window=at(self.weight_orepa_avg_avg),
+            prior_window=at(self.weight_orepa_prior), centre_window=at(self.centre),
+            identity=at(self.id_tensor), groups=self.groups)
+
+
+class OREPAConv2d(_OREPAConv2d, _NamedConv2d):
     """The OREPA block: a `k x k` convolution squeezed from six branches.
 
     Branches, in the order of the rows of `vector`: the original kernel, 1 x 1
@@ -91,119 +198,8 @@ class OREPAConv2d(_BranchedConv2d):
         weight_orepa_gconv_pw: `(o, 8 i, 1, 1)`.
     """
 
-    initial_scales = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
-    #: What the authors' names of the branch tensors begin with.
-    prefix = 'weight_orepa_'
-    #: `a` of the Kaiming-uniform initialisation.
-    kaiming_slope = 0.0
-    expansion = 8
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = 'zeros',
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        single_init: bool = False,
-        init_hyper_gamma: float = 1.0,
-        init_hyper_para: float = 1.0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                         bias, padding_mode, device, dtype)
-        self._set_init_options(single_init, init_hyper_gamma, init_hyper_para)
-        self._create_tensors()
-        self.reset_parameters()
-
-    def _create_tensors(self) -> None:
-        self._create_branches(self.in_channels if self.groups <= 4 else 2 * self.in_channels)
-        o, i = self.out_channels, self.in_channels // self.groups
-        self.weight_orepa_1x1 = self._new_parameter(o, i, 1, 1)
-
-    def _create_branches(self, hidden: int, identity: bool = True) -> None:
-        """Create the five branches that both forms of the block have, and the scales.
-
-        Args:
-            hidden: `t`, hidden channels of the 1 x 1 then k x k branch.
-            identity: Whether its 1 x 1 kernel is added to the identity.
-        """
-        o, k, g, e = self.out_channels, self.kernel_size[0], self.groups, self.expansion
-        i = self.in_channels // g
-        self.identity_based = identity
-        for name, shape in (('origin', (o, i, k, k)), ('avg_conv', (o, i, 1, 1)),
-                            ('pfir_conv', (o, i, 1, 1)), (self._first_name, (hidden, i, 1, 1)),
-                            ('1x1_kxk_conv2', (o, hidden // g, k, k)),
-                            ('gconv_dw', (e * self.in_channels, 1, k, k)),
-                            ('gconv_pw', (o, e * i, 1, 1))):
-            self.register_parameter(self.prefix + name, self._new_parameter(*shape))
-        self.vector = self._new_parameter(len(self.initial_scales), o)
-        self.register_buffer(f'{self.prefix}avg_avg', self._new_tensor(k, k))
-        self.register_buffer(f'{self.prefix}prior', self._new_tensor(o, k, k))
-        if identity:
-            self.register_buffer('id_tensor', self._new_tensor(hidden, i, 1, 1))
-
-    @property
-    def _first_name(self) -> str:
-        """The name of the first factor of the 1 x 1 then k x k branch."""
-        return '1x1_kxk_idconv1' if self.identity_based else '1x1_kxk_conv1'
-
-    def reset_branches(self) -> None:
-        """Kaiming-uniform weights, the identity-based 1 x 1 at zero, scales as published."""
-        k, para = self.kernel_size[0], self.init_hyper_para
-        self._branch('avg_avg').fill_(1 / k**2)
-        self._branch('prior').copy_(squeeze.frequency_prior(self.out_channels, k))
-        for name, weight in self.named_parameters(recurse=False):
-            if name.startswith(self.prefix):
-                nn.init.kaiming_uniform_(weight, a=self.kaiming_slope)
-                weight.mul_(math.sqrt(para) if '_gconv_' in name else para)
-        if self.identity_based:
-            self.id_tensor.copy_(squeeze.identity_pointwise(*self.id_tensor.shape[:2]))
-            nn.init.zeros_(self._branch(self._first_name))
-        self._reset_scales()
-
-    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The sum of the six branches, `(o, i, k, k)`; see the base class."""
-        origin, average, prior, sequential, pointwise, separable = self._scales(dtype)
-        centre = torch.zeros_like(self._branch('avg_avg', dtype))
-        centre[centre.shape[0] // 2, centre.shape[1] // 2] = 1
-        return self._squeeze_branches(
-            dtype, origin, average, prior, sequential, separable,
-            [(self._branch('1x1', dtype), pointwise.view(-1, 1, 1) * centre)])
-
-    def _squeeze_branches(
-        self, dtype: torch.dtype | None, origin: Tensor, average: Tensor, prior: Tensor,
-        sequential: Tensor, separable: Tensor, more_windows: Sequence[tuple[Tensor, Tensor]] = (),
-    ) -> Tensor:
-        """The sum of the five common branches, given their scales, and of further windows."""
-        first = self._branch(self._first_name, dtype)
-        if self.identity_based:
-            first = first + self._tensor('id_tensor', dtype)
-        windows = [
-            (self._branch('avg_conv', dtype),
-             average.view(-1, 1, 1) * self._branch('avg_avg', dtype)),
-            (self._branch('pfir_conv', dtype),
-             prior.view(-1, 1, 1) * self._branch('prior', dtype)),
-            *more_windows]
-        kernel = squeeze.scale_kernel(self._branch('origin', dtype), origin)
-        kernel = kernel + squeeze.scale_kernel(squeeze.squeeze_sequential(
-            first, self._branch('1x1_kxk_conv2', dtype), self.groups), sequential)
-        kernel = kernel + squeeze.squeeze_windows(*zip(*windows))
-        return kernel + squeeze.scale_kernel(squeeze.squeeze_depthwise_separable(
-            self._branch('gconv_dw', dtype), self._branch('gconv_pw', dtype), self.groups,
-            self.expansion), separable)
-
-    def _branch(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._tensor(self.prefix + name, dtype)
-
-
-class OREPARepVGGConv2d(OREPAConv2d):
+class OREPARepVGGConv2d(_KxK, _NamedConv2d):
     """The 3 x 3 of the OREPA-RepVGG block: the OREPA block without its 1 x 1 branch.
 
     The block around it has a 1 x 1 convolution and an identity of its own,
@@ -218,25 +214,42 @@ class OREPARepVGGConv2d(OREPAConv2d):
 
     initial_scales = (0.25, 0.25, 0.0, 0.5, 0.5)
     prefix = 'weight_rbr_'
+    origin = 'weight_rbr_origin'
     kaiming_slope = 1.0
 
-    def _create_tensors(self) -> None:
-        depthwise = self.groups > 1 and self.groups == self.out_channels
-        self._create_branches(self.in_channels * (2 if depthwise else 1), not depthwise)
-        if self.in_channels == self.out_channels and self.stride == (1, 1):
-            self.vector = self._new_parameter(6, self.out_channels)
+    def _create_branches(self) -> None:
+        o, k, g = self.out_channels, self.kernel_size[0], self.groups
+        i, depthwise = self.in_channels // g, 1 < g == self.out_channels
+        hidden = self.in_channels * (2 if depthwise else 1)
+        self._create(
+            origin=(o, i, k, k), avg_conv=(o, i, 1, 1), pfir_conv=(o, i, 1, 1),
+            **{'_1x1_kxk_conv1' if depthwise else '_1x1_kxk_idconv1': (hidden, i, 1, 1)},
+            _1x1_kxk_conv2=(o, hidden // g, k, k),
+            gconv_dw=(self.expansion * self.in_channels, 1, k, k),
+            gconv_pw=(o, self.expansion * i, 1, 1))
+        unread = self.in_channels == self.out_channels and self.stride == (1, 1)
+        self.vector = self._new_parameter(len(self.initial_scales) + unread, o)
 
-    def reset_branches(self) -> None:
-        """As in the base class, with `a = 1`; the unused row is zero."""
-        nn.init.zeros_(self.vector)
-        super().reset_branches()
-
-    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
+                ) -> Tensor:
         """The sum of the five branches, `(o, i, k, k)`; see the base class."""
-        return self._squeeze_branches(dtype, *self._scales(dtype)[:5])
+        def at(tensor: Tensor) -> Tensor:
+            return self._at(tensor, dtype, device)
+
+        identity_based = hasattr(self, 'id_tensor')
+        return squeeze.orepa_kernel(
+            origin=at(self.weight_rbr_origin), average=at(self.weight_rbr_avg_conv),
+            prior=at(self.weight_rbr_pfir_conv),
+            first=at(self.weight_rbr_1x1_kxk_idconv1 if identity_based
+                     else self.weight_rbr_1x1_kxk_conv1),
+            second=at(self.weight_rbr_1x1_kxk_conv2), pointwise=None,
+            depthwise=at(self.weight_rbr_gconv_dw), separable=at(self.weight_rbr_gconv_pw),
+            scales=at(self.vector), average_window=at(self.weight_rbr_avg_avg),
+            prior_window=at(self.weight_rbr_prior), centre_window=None,
+            identity=at(self.id_tensor) if identity_based else None, groups=self.groups)
 
 
-class OREPAConv1x1(_BranchedConv2d):
+class OREPAConv1x1(_BranchedConv2d, _NamedConv2d):
     """The OREPA block for a 1 x 1 convolution: one kernel plus a product of two.
 
     The factor that is square starts as the identity; it is an ordinary
@@ -270,6 +283,7 @@ class OREPAConv1x1(_BranchedConv2d):
     """
 
     initial_scales = (1.0, 0.5)
+    origin = 'weight_or1x1_origin'
 
     def __init__(
         self,
@@ -313,11 +327,12 @@ class OREPAConv1x1(_BranchedConv2d):
         square.copy_(squeeze.identity_pointwise(*square.shape[:2]))
         self._reset_scales()
 
-    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
+                ) -> Tensor:
         """The sum of both branches, `(o, i, 1, 1)`; see the base class."""
-        origin, product = self._scales(dtype)
-        return squeeze.scale_kernel(
-            self._tensor('weight_or1x1_origin', dtype), origin,
-        ) + squeeze.scale_kernel(squeeze.squeeze_sequential(
-            self._tensor('weight_or1x1_l2i_conv1', dtype),
-            self._tensor('weight_or1x1_l2i_conv2', dtype), self.groups), product)
+        def at(tensor: Tensor) -> Tensor:
+            return self._at(tensor, dtype, device)
+
+        return squeeze.orepa_1x1_kernel(
+            origin=at(self.weight_or1x1_origin), first=at(self.weight_or1x1_l2i_conv1),
+            second=at(self.weight_or1x1_l2i_conv2), scales=at(self.vector), groups=self.groups)

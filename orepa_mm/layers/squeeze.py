@@ -56,6 +56,159 @@ def identity_pointwise(hidden_channels: int, group_in_channels: int) -> Tensor:
     return identity.float()[:, :, None, None]
 
 
+def centre_window(kernel_size: int) -> Tensor:
+    """The window of a 1 x 1 kernel inside a larger one: one at the centre, zero around it.
+
+    Args:
+        kernel_size: `k`, odd.
+
+    Returns:
+        Float32 tensor of shape `(k, k)`.
+    """
+    at_centre = torch.arange(kernel_size) == kernel_size // 2
+    return (at_centre[:, None] & at_centre).float()
+
+
+# --- one function per block -------------------------------------------------------
+
+
+def orepa_kernel(
+    *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
+    pointwise: Tensor | None, depthwise: Tensor, separable: Tensor, scales: Tensor,
+    average_window: Tensor, prior_window: Tensor, centre_window: Tensor | None,
+    identity: Tensor | None, groups: int = 1,
+) -> Tensor:
+    """The kernel of an OREPA block: the sum of its branches, each with its scaling vector.
+
+    Args:
+        origin: The `k x k` branch, `(o, i, k, k)`.
+        average: The 1 x 1 that is averaged, `(o, i, 1, 1)`.
+        prior: The 1 x 1 that the frequency prior follows, `(o, i, 1, 1)`.
+        first: The 1 x 1 of the 1 x 1 then k x k branch, `(t, i, 1, 1)`.
+        second: The k x k of that branch, `(o, t/g, k, k)`.
+        pointwise: The 1 x 1 branch, `(o, i, 1, 1)`; None in the block of RepVGG,
+            which has such a convolution beside it.
+        depthwise: Of the depthwise-separable branch, `(e*I, 1, k, k)`.
+        separable: The 1 x 1 of that branch, `(o, e*i, 1, 1)`.
+        scales: Scaling vectors, one row per branch: origin, average, prior, 1 x 1
+            then k x k, pointwise if there is one, depthwise-separable; `(5 or 6, o)`.
+            A further row is not read.
+        average_window: `1 / k^2` everywhere, `(k, k)`.
+        prior_window: See `frequency_prior`, `(o, k, k)`.
+        centre_window: See `centre_window`, `(k, k)`; read if `pointwise` is given.
+        identity: Added to `first`, `(t, i, 1, 1)`, or None.
+        groups: `g`.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    rows = scales.unbind()
+    if pointwise is None:
+        for_origin, for_average, for_prior, for_sequential, for_separable = rows[:5]
+    else:
+        (for_origin, for_average, for_prior, for_sequential, for_pointwise,
+         for_separable) = rows[:6]
+    if identity is not None:
+        first = first + identity
+    mixes = [average, prior]
+    windows = [for_average.view(-1, 1, 1) * average_window, for_prior.view(-1, 1, 1) * prior_window]
+    if pointwise is not None:
+        mixes.append(pointwise)
+        windows.append(for_pointwise.view(-1, 1, 1) * centre_window)
+    kernel = scale_kernel(origin, for_origin)
+    kernel = kernel + scale_kernel(squeeze_sequential(first, second, groups), for_sequential)
+    kernel = kernel + squeeze_windows(mixes, windows)
+    expansion = separable.shape[1] // origin.shape[1]
+    return kernel + scale_kernel(
+        squeeze_depthwise_separable(depthwise, separable, groups, expansion), for_separable)
+
+
+def orepa_1x1_kernel(*, origin: Tensor, first: Tensor, second: Tensor, scales: Tensor,
+                     groups: int = 1) -> Tensor:
+    """The kernel of a 1 x 1 OREPA block: one kernel plus a product of two.
+
+    Args:
+        origin: `(o, i, 1, 1)`.
+        first: First factor, `(t, i, 1, 1)`.
+        second: Second factor, `(o, t/g, 1, 1)`.
+        scales: Scaling vectors of both, `(2, o)`.
+        groups: `g`.
+
+    Returns:
+        Kernel of shape `(o, i, 1, 1)`.
+    """
+    for_origin, for_product = scales.unbind()
+    return scale_kernel(origin, for_origin) + scale_kernel(
+        squeeze_sequential(first, second, groups), for_product)
+
+
+def stem_kernel(kernels: Sequence[Tensor]) -> Tensor:
+    """The kernel of the linear deep stem: a chain of 3 x 3 kernels as one large kernel.
+
+    The composition is a cross-correlation in weight space, without a flip, so
+    it is the definition of the stem and not a stack of three layers.
+
+    Args:
+        kernels: `n` kernels, the first `(o, I, 3, 3)`, the others `(o, o, 3, 3)`.
+
+    Returns:
+        Kernel of shape `(o, I, k, k)`, where `k = 2 n + 1`.
+    """
+    first, *others = kernels
+    composed = first.transpose(0, 1)
+    for step, kernel in enumerate(others, 1):
+        size = 3 + 2 * step  # counted: to a tracer the size of a tensor is a tensor
+        composed = (kernel.flatten(1) @ stem_patches(composed)).reshape(
+            -1, kernel.shape[0], size, size)
+    return composed.transpose(0, 1)
+
+
+def stem_patches(composed: Tensor) -> Tensor:
+    """What the next kernel of a stem is multiplied with: a convolution as a matrix product.
+
+    Args:
+        composed: The chain so far, transposed, `(I, o, m, m)`.
+
+    Returns:
+        Patches `(I, 9 o, (m + 2)^2)`.
+    """
+    return F.unfold(composed, 3, padding=2)
+
+
+def dbb_kernel_bias(
+    *, origin: tuple[Tensor, Tensor], pointwise: tuple[Tensor, Tensor],
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor],
+    average: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor], groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of a Diverse Branch Block in eval mode.
+
+    Every argument is a convolution with its BN folded in: kernel and bias `(o,)`.
+
+    Args:
+        origin: The `k x k` branch, `(o, i, k, k)`.
+        pointwise: The 1 x 1 branch, `(o, i, 1, 1)`.
+        first: The 1 x 1 of the 1 x 1 then k x k branch, `(t, i, 1, 1)`.
+        second: The k x k of that branch, `(o, t/g, k, k)`.
+        average: The 1 x 1 of the average branch, `(o, i, 1, 1)`.
+        window: Its average, a depthwise kernel `(o, 1, k, k)`.
+        groups: `g`.
+
+    Returns:
+        Kernel `(o, i, k, k)` and bias `(o,)`.
+    """
+    kernel, bias = origin
+    margin = kernel.shape[-1] // 2
+    kernel = kernel + F.pad(pointwise[0], [margin] * 4)
+    kernel = kernel + squeeze_sequential(first[0], second[0], groups)
+    kernel = kernel + squeeze_windows([average[0]], [window[0].squeeze(1)])
+    return kernel, (bias + pointwise[1]
+                    + second[1] + squeeze_bias(first[1], second[0], groups)
+                    + window[1] + average[1] * window[0].sum(dim=(1, 2, 3)))
+
+
+# --- what the blocks are made of -----------------------------------------------------
+
+
 def scale_kernel(kernel: Tensor, scale: Tensor) -> Tensor:
     """Scale the output channels, as the linear scaling layer of a branch does.
 
@@ -85,7 +238,7 @@ def squeeze_windows(pointwise: Sequence[Tensor], windows: Sequence[Tensor]) -> T
     """
     mix = torch.cat([weight.flatten(2) for weight in pointwise], dim=2)  # (o, i, n)
     bank = torch.stack(list(windows), dim=1)  # (o, n, k, k)
-    return (mix @ bank.flatten(2)).unflatten(2, bank.shape[2:])
+    return (mix @ bank.flatten(2)).reshape(*mix.shape[:2], *bank.shape[2:])
 
 
 def squeeze_sequential(pointwise: Tensor, conv: Tensor, groups: int = 1) -> Tensor:
@@ -118,7 +271,7 @@ def squeeze_bias(bias: Tensor, conv: Tensor, groups: int = 1) -> Tensor:
     Returns:
         One constant per output channel, `(o,)`.
     """
-    grouped = conv.sum(dim=(2, 3)).unflatten(0, (groups, -1))  # (g, o/g, t/g)
+    grouped = conv.sum(dim=(2, 3)).reshape(groups, -1, conv.shape[1])  # (g, o/g, t/g)
     return (grouped @ bias.view(groups, -1, 1)).flatten()
 
 
@@ -147,25 +300,3 @@ def squeeze_depthwise_separable(
     mix = pointwise.reshape(out // groups, groups, group_in, expansion)
     kernel = torch.einsum('gbehw,agbe->gabhw', spatial, mix)
     return kernel.reshape(out, group_in, height, width)
-
-
-def compose_stem(kernels: Sequence[Tensor]) -> Tensor:
-    """Kernel of the linear deep stem: a chain of 3 x 3 kernels as one large kernel.
-
-    The composition is a cross-correlation in weight space, without a flip, so
-    it is the definition of the stem and not a stack of three layers.
-
-    Args:
-        kernels: `n` kernels, the first `(o, I, 3, 3)`, the others `(o, o, 3, 3)`.
-
-    Returns:
-        Kernel of shape `(o, I, k, k)`, where `k = 2 n + 1`.
-    """
-    first, *others = kernels
-    composed = first.transpose(0, 1)
-    for kernel in others:
-        # a convolution as a matrix product: cuDNN's would use TF32 by default
-        size = composed.shape[-1] + 2
-        patches = F.unfold(composed, kernel.shape[-1], padding=2)  # (I, o*9, size**2)
-        composed = (kernel.flatten(1) @ patches).unflatten(2, (size, size))
-    return composed.transpose(0, 1)

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from . import squeeze
-from .base import ReparamConv2d
-from .orepa import OREPAConv2d
+from .base import ReparamConv2d, _NamedConv2d
+from .orepa import _OREPAConv2d
 
 
-class OREPAStemConv2d(ReparamConv2d):
+class _Generator(_OREPAConv2d):
+    """One 3 x 3 of a stem; a rule that finds `OREPAConv2d` shall not find it."""
+
+
+class OREPAStemConv2d(ReparamConv2d, _NamedConv2d):
     """The linear deep stem: a large kernel composed of a chain of OREPA 3 x 3 kernels.
 
     Stride, padding and dilation belong to the one large convolution. The
@@ -75,13 +79,13 @@ class OREPAStemConv2d(ReparamConv2d):
                        init_hyper_para=init_hyper_para, bias=False,
                        **self._factory_kwargs)
         for j in range(self.depth):
-            generator = OREPAConv2d(in_channels if j == 0 else out_channels, out_channels, 3,
-                                    **options)
+            generator = _Generator(in_channels if j == 0 else out_channels, out_channels, 3,
+                                   **options)
             self.add_module(f'weight{j}', generator)
         self.reset_parameters()
 
     @property
-    def generators(self) -> list[OREPAConv2d]:
+    def generators(self) -> list[_Generator]:
         """The generators of the chained 3 x 3 kernels, in order."""
         return [getattr(self, f'weight{j}') for j in range(self.depth)]
 
@@ -93,6 +97,21 @@ class OREPAStemConv2d(ReparamConv2d):
         for generator in self.generators:
             generator.reset_parameters()
 
-    def squeeze(self, dtype: torch.dtype | None = None) -> Tensor:
+    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
+                ) -> Tensor:
         """The composed kernel, `(o, I, k, k)`; see the base class."""
-        return squeeze.compose_stem([generator.squeeze(dtype) for generator in self.generators])
+        return squeeze.stem_kernel([generator.squeeze(dtype, device)
+                                    for generator in self.generators])
+
+    def _change_kernel(self, change: Tensor) -> None:
+        """Change the last generator by the smallest step that does it; see the base class.
+
+        The composed kernel is linear in the last one: a linear system with the
+        same matrix for each output channel, solved by least squares.
+        """
+        *others, last = (generator.squeeze(torch.float64, change.device)
+                         for generator in self.generators)
+        patches = squeeze.stem_patches(squeeze.stem_kernel(others).transpose(0, 1))
+        system = patches.transpose(0, 1).flatten(1)  # (9 o, I k^2)
+        step = change.flatten(1) @ torch.linalg.pinv(system)
+        self.generators[-1]._change_kernel(step.view_as(last))

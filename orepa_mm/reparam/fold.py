@@ -45,7 +45,7 @@ def fold_batch_norm(model: nn.Module) -> int:
                    for child in module._modules.values() if child is not None)
     folded = 0
     for parent, conv_name, conv, norm_name, norm in adjacent_children(model):
-        if (_follows(parent, conv, norm) and uses[conv] == uses[norm] == 1
+        if (follows(parent, conv, norm) and uses[conv] == uses[norm] == 1
                 and parent._modules[conv_name] is conv):
             parent._modules[conv_name] = _fused(conv, norm)
             identity = nn.Identity().train(norm.training)
@@ -78,8 +78,14 @@ def build_bn_folded(model_type: str, **cfg: Any) -> nn.Module:
     return model
 
 
-def _follows(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether `norm` is a BN over what `conv` gives."""
+def follows(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether `norm` is a BN over what `conv` gives.
+
+    Args:
+        parent: The module that has both, one registered after the other.
+        conv: Any module.
+        norm: Any module.
+    """
     if not (_computes_as(conv, nn.Conv2d, Conv2d)
             and _computes_as(norm, _BatchNorm, nn.SyncBatchNorm)):
         return False

@@ -7,25 +7,30 @@ import functools
 import logging
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..backbones import ReparamBackboneMixin
 from ..errors import NothingToConvertError
-from ..layers import reparam_layers, replace_with_conv2d
-from .fold import fold_batch_norm
+from ..layers import ReparamConv2d, adjacent_children, reparam_layers, replace_with_conv2d
+from ..layers.precision import has_float64
+from .fold import fold_batch_norm, follows
 
 
 def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = False) -> nn.Module:
     """Replace every layer that generates its kernel by the convolution it equals.
 
-    Kernels are squeezed in float64. Dtype, device, memory format, training
-    flag and `requires_grad` are kept. A model that is already in deploy form
-    is returned as it is (folded, if that is asked for). Wrappers of
-    `torch.compile` and of distributed training are taken off: they belong to
-    the layers that are gone.
+    Kernels are squeezed in float64. Blocks of other packages that know how to
+    re-parameterize themselves (`switch_to_deploy`) do so as well. Dtype,
+    device, memory format, training flag and `requires_grad` are kept. A model
+    that is already in deploy form is returned as it is (folded, if that is asked
+    for). Wrappers of `torch.compile` and of distributed training are taken off:
+    they belong to the layers that are gone.
 
     Args:
         model: Any module; it may be such a layer itself, or wrapped.
@@ -49,8 +54,10 @@ def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = Fals
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
     model = unwrapped(model)
+    _refuse_sharded(model)
     counts = Counter(type(layer).__name__ for layer in reparam_layers(model))
-    if not counts and not any(_is_converted(module) for module in model.modules()):
+    others = list(_foreign_blocks(model))
+    if not counts and not others and not any(map(_is_converted, model.modules())):
         raise NothingToConvertError(
             f'{type(model).__name__} has no OREPA or DBB layer: there is nothing to '
             "re-parameterize. Was it built with conv_cfg=dict(type='OREPA') or an OREPA "
@@ -63,8 +70,13 @@ def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = Fals
             if isinstance(module, ReparamBackboneMixin):
                 module.switch_to_deploy()  # it may have more to fuse than its layers
         model = replace_with_conv2d(model)
+        _bias_into_norm(model)
+    for block in list(_foreign_blocks(model)):
+        _switch_foreign(block)
     folded = fold_batch_norm(model) if fold_bn else 0
     done = [f're-parameterized {n} {name}' for name, n in counts.items()]
+    done += [f'{n} {name} by its own switch_to_deploy()' for name, n in Counter(
+        type(block).__name__ for block in others).items()]
     if folded:
         done.append(f'folded {folded} BN')
     print_log(', '.join(done) or f'{type(model).__name__} was re-parameterized before: left as '
@@ -92,14 +104,82 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     while True:
         if type(model).__name__.endswith(('FullyShardedDataParallel', 'FSDP')):
-            raise ValueError(f'the parameters of a {type(model).__name__} are spread over '
-                             'processes: load its full state dict into the bare model first')
+            raise _sharded(model)
         if hasattr(model, '_orig_mod'):  # torch.compile
             model = model._orig_mod
         elif is_model_wrapper(model):
             model = model.module
         else:
             return model
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model of which any part went through `fully_shard`, before it is touched."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            raise _sharded(module)
+
+
+def _sharded(module: nn.Module) -> ValueError:
+    return ValueError(f'the parameters of a {type(module).__name__} are spread over processes: '
+                      'load its full state dict into the bare model first')
+
+
+def _foreign_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules of other packages that re-parameterize themselves and did not yet, inner ones first.
+
+    A block inside has `requires_grad` of its own to keep.
+    """
+    if isinstance(model, ReparamConv2d):
+        return
+    for child in model.children():
+        yield from _foreign_blocks(child)
+    ours = type(model).__module__.partition('.')[0] == __name__.partition('.')[0]
+    done = getattr(model, 'deploy', False) or getattr(model, '_is_switching', False)
+    if callable(getattr(model, 'switch_to_deploy', None)) and not (ours or done):
+        yield model
+
+
+@torch.no_grad()
+def _switch_foreign(block: nn.Module) -> None:
+    """Let a block re-parameterize itself, in float64; what it forgets is kept.
+
+    The methods of OpenMMLab's blocks forget the training flag and `requires_grad`.
+    """
+    states = {parameter: parameter.requires_grad for parameter in block.parameters()}
+    reference, training = next(iter(states), None), block.training
+    exact = reference is not None and has_float64(reference.device)
+    dtype = reference.dtype if exact else None
+    trainable = any(states.values())
+    try:
+        block._is_switching = True  # its method may call `reparameterize`
+        if exact:
+            block.double()
+        block.switch_to_deploy()
+    except AssertionError as error:  # of a norm that they do not know
+        raise ValueError(f'{type(block).__name__} cannot re-parameterize itself: {error}'
+                         ) from error
+    finally:
+        del block._is_switching
+        if exact:
+            block.to(dtype)
+    for parameter in block.parameters():
+        parameter.requires_grad_(states.get(parameter, trainable))
+    block.train(training)
+
+
+def _bias_into_norm(model: nn.Module) -> None:
+    """Move a bias that a block brought along into the BN behind it, which the stock model has.
+
+    A stock convolution before a BN has no bias. BN takes the mean away, so that
+    a bias before it is one in its running mean.
+    """
+    for parent, _, conv, _, norm in adjacent_children(model):
+        if getattr(conv, 'gained_bias', False) and conv.bias is not None and follows(
+                parent, conv, norm):
+            with torch.no_grad():
+                norm.running_mean.sub_(conv.bias)
+            conv.register_parameter('bias', None)
 
 
 def _unwrap_inside(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import randomize, relative_error, train_one_step
 from mmcv.cnn import ConvModule, build_conv_layer
+from mmengine.model import initialize
 from torch import nn
 
 import orepa_mm  # noqa: F401  registers the conv layer type
@@ -46,12 +47,18 @@ def test_train_mode_uses_the_statistics_of_the_batch():
 def test_identity_based_branch_starts_at_the_identity():
     layer = DBBConv2d(4, 8, 3, padding=1)
     assert layer.dbb_1x1_kxk.idconv1.weight.abs().max() == 0
-    for module in layer.modules():  # as an initialisation rule for Conv2d would do
-        if isinstance(module, nn.Conv2d):
-            nn.init.ones_(module.weight)
+    before = copy.deepcopy(layer.state_dict())
+    initialize(nn.Sequential(layer), dict(type='Constant', layer='Conv2d', val=7))
     layer.init_weights()
-    assert layer.dbb_1x1_kxk.idconv1.weight.abs().max() == 0
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
     assert layer.dbb_origin.conv.weight.std() > 0
+
+
+def test_its_kernel_cannot_be_set():
+    """It is no linear function of the branches: a write into it must not be lost silently."""
+    layer = DBBConv2d(4, 8, 3, padding=1).eval()
+    with pytest.raises(TypeError, match='no linear function'):
+        nn.init.zeros_(layer.weight)
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

@@ -65,7 +65,7 @@ def test_every_argument_by_position(cls):
 @pytest.mark.parametrize('options', [{}, {'groups': 2}])
 def test_built_without_memory_then_reset(options, x):
     layer = OREPAConv2d(4, 8, 3, device='meta', **options).to_empty(device='cpu')
-    for tensor in (*layer.parameters(), *layer.buffers()):
+    for tensor in layer.parameters():
         nn.init.constant_(tensor, 7.0)
     layer.reset_parameters()
     fresh = OREPAConv2d(4, 8, 3, **options)
@@ -135,13 +135,13 @@ def test_init_options():
 # --- precision, formats, copies -----------------------------------------------------
 
 
-def test_autocast_squeezes_in_float32(layer, x):
+def test_autocast_squeezes_in_float32(layer, x, device):
     weight = layer.weight.detach()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(layer.weight, weight)
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    with torch.autocast('cpu', dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         expected = layer.to_conv2d()(x)
     assert relative_error(y, expected) < 1e-2
     y.float().square().sum().backward()
@@ -149,26 +149,64 @@ def test_autocast_squeezes_in_float32(layer, x):
                for p in layer.parameters())
 
 
-def test_bfloat16_parameters_are_squeezed_in_float32(layer, x):
-    layer = layer.bfloat16()
-    assert layer.weight.dtype == torch.bfloat16
-    exact = layer.squeeze(torch.float64)
-    # one rounding at the end: half a unit in the last of 8 bits
-    assert ((layer.weight.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-30).all()
-    assert layer(x.bfloat16()).dtype == torch.bfloat16
-    assert layer.to_conv2d().weight.dtype == torch.bfloat16
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_one_rounding_of_the_exact_kernel(layer, x, dtype):
+    """Of the same branches, squeezed in float64 by hand: not even the constants are rounded."""
+    layer = layer.to(dtype)
+    exact = copy.deepcopy(layer).double().squeeze()
+    assert exact.dtype == torch.float64
+    # half a unit in the last place, and what float32 sums lose where terms cancel
+    unit, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    bound = exact.abs() * unit / 2 * 1.01 + exact.abs().max() * 1e-6 + smallest
+    for kernel in (layer.weight, layer.to_conv2d().weight):
+        assert kernel.dtype == dtype
+        assert ((kernel.double() - exact).abs() <= bound).all()
+    assert layer(x.to(dtype)).dtype == dtype
 
 
 def test_channels_last(layer, x):
+    """The generated kernel is the same, whichever way the branches lie in memory."""
+    kernel = layer.weight.detach().clone()
     expected = layer(x).detach()
+    layer(x).sum().backward()
+    gradients = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
     layer = layer.to(memory_format=torch.channels_last)
+    assert layer.kernel_size == (1, 1) or any(not p.is_contiguous() for p in layer.parameters())
+    assert relative_error(layer.weight, kernel) < 1e-6
     y = layer(x.to(memory_format=torch.channels_last))
     assert relative_error(y, expected) < 1e-5
     y.sum().backward()
+    for p, gradient in zip(layer.parameters(), gradients):
+        assert relative_error(p.grad, gradient) < 1e-4
     conv = layer.to_conv2d()
     if conv.weight.shape[1] > 1 and conv.kernel_size[0] > 1:
         assert conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(conv(x), expected) < 1e-5
+
+
+def test_gradients_of_a_shared_layer_are_those_of_the_stock_one(layer, x):
+    """Used twice, its kernel gets the sum of both gradients, which then goes to the branches."""
+    conv = layer.to_conv2d()
+    pair = x, x.flip(-1)
+    sum(conv(part).square().sum() * n for n, part in enumerate(pair, 1)).backward()
+    sum(layer(part).square().sum() * n for n, part in enumerate(pair, 1)).backward()
+    found = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    layer.zero_grad()
+    layer.weight.backward(conv.weight.grad)  # the chain rule, from the stock kernel's gradient
+    for name, p in layer.named_parameters():
+        expected = conv.bias.grad if name == 'bias' else p.grad
+        assert relative_error(found[name], expected) < 1e-4, name
+
+
+def test_accumulated_gradients_are_those_of_the_joint_batch(layer, x):
+    layer(x).square().sum().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    for part in x.split(1):
+        layer(part).square().sum().backward()
+    for p, gradient in zip(layer.parameters(), expected):
+        assert relative_error(p.grad, gradient) < 1e-4
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])
@@ -198,7 +236,7 @@ def test_deepcopy_and_pickle_in_the_middle_of_training(layer, x):
     layer.eval()
     with torch.no_grad():
         layer(x)
-    assert copy.deepcopy(layer)._cache is None
+    assert copy.deepcopy(layer)._kept is None
     buffer = io.BytesIO()
     torch.save({'model': layer, 'state': layer.state_dict()}, buffer)
     buffer.seek(0)

@@ -16,8 +16,9 @@ def branches_on_feature_map(layer, x):
         stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
     w = {name.removeprefix('weight_rbr_'): tensor
          for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+    w = {name: tensor.to(x.dtype) for name, tensor in w.items()}
     depthwise_map = F.conv2d(x, w['gconv_dw'], groups=layer.in_channels, **where)
-    first = (w['1x1_kxk_idconv1'] + w['id_tensor'] if layer.identity_based
+    first = (w['1x1_kxk_idconv1'] + w['id_tensor'] if 'id_tensor' in w
              else w['1x1_kxk_conv1'])
 
     def window(kernel, y):

@@ -1,0 +1,134 @@
+"""A forward pass waits for no device and makes no tensor from Python values.
+
+On a CPU neither shows; a mode that sees every operation counts them.
+"""
+
+import pytest
+import torch
+from helpers import LAYERS, randomize
+from mmdet.models.backbones import ResNet
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orepa_mm.layers import DBBConv2d
+from orepa_mm.reparam import reparameterize
+
+#: Reads a value back from the device.
+WAITS = {'_local_scalar_dense', 'equal', 'is_nonzero', 'nonzero', 'item', 'masked_select',
+         'unique', 'allclose'}
+#: Makes a tensor of Python values, which would be copied to the device.
+FROM_THE_HOST = {'lift_fresh', 'lift_fresh_copy', 'scalar_tensor', 'fill', 'fill_', 'arange',
+                 'linspace', 'eye', 'full', 'full_like', 'new_full', 'ones', 'zeros', 'new_zeros',
+                 'zeros_like', 'ones_like', 'new_ones', 'zero_'}
+EVERY_LAYER = {**LAYERS, 'DBB': lambda **kw: DBBConv2d(4, 6, 3, padding=1, **kw)}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the name of every operation, and copies between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func._schema.name.removeprefix('aten::'))
+        tensors = [value for value in (*args, result) if isinstance(value, torch.Tensor)]
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.names.append('between devices')
+        return result
+
+
+def recorded(module, x, backward=False):
+    with Recorder() as recorder:
+        y = module(x)
+        y = y if isinstance(y, torch.Tensor) else sum(part.sum() for part in y)
+    if backward:
+        y.sum().backward()
+    return recorder.names
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('case', EVERY_LAYER)
+def test_no_wait_and_nothing_from_the_host(case, mode, grad, x):
+    layer = getattr(randomize(EVERY_LAYER[case]()), mode)()
+    with torch.set_grad_enabled(grad):
+        for call in range(2):
+            found = set(recorded(layer, x)) & (WAITS | FROM_THE_HOST | {'between devices'})
+            if case == 'DBB':
+                found -= {'zeros', 'new_zeros'}
+            assert not found, (call, found)
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize('case', EVERY_LAYER)
+def test_forward_on_a_gpu_that_is_not_there(case, mode):
+    """Fake CUDA tensors: a constant left on the CPU, or a value that is read, is an error."""
+    with FakeTensorMode():
+        layer = getattr(EVERY_LAYER[case](device='cuda'), mode)()
+        x = torch.randn(2, 4, 16, 12, device='cuda')
+        for _ in range(2):
+            y = layer(x)
+        assert y.device.type == 'cuda'
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_constants_move_with_the_parameters(device):
+    """In float32 also where these are half, which would round them."""
+    for build in LAYERS.values():
+        layer = build().to(device, torch.float16)
+        assert layer.to_conv2d().weight.dtype == torch.float16
+        for name, constant in layer.named_buffers():
+            assert (constant.device.type, constant.dtype) == (device, torch.float32), name
+        if device == 'cpu':
+            for (name, constant), fresh in zip(layer.named_buffers(), build().buffers()):
+                assert torch.equal(constant, fresh), name
+
+
+def test_evaluation_runs_the_operations_of_the_deployed_model():
+    """Once kernels are kept, nothing more is dispatched than by the stock network."""
+    backbone = randomize(ResNet(50, base_channels=8, conv_cfg=dict(type='OREPA'),
+                                frozen_stages=1, norm_eval=True))
+    backbone.eval()  # a statement of its own: it returns nothing
+    deployed = reparameterize(backbone)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        backbone(x)
+        assert recorded(backbone, x) == recorded(deployed, x)
+
+
+def test_frozen_stages_cost_nothing_in_training():
+    """After the first step a frozen stage dispatches what the stock one does."""
+    backbone = ResNet(50, base_channels=8, conv_cfg=dict(type='OREPA'), frozen_stages=4,
+                      norm_eval=True)
+    backbone.train()
+    deployed = reparameterize(backbone)
+    x = torch.randn(1, 3, 64, 64)
+    backbone.conv1.eval()  # as the mixin of our backbones does
+    backbone(x)
+    backbone.train()
+    backbone.conv1.eval()
+    assert recorded(backbone, x) == recorded(deployed, x)
+
+
+def test_the_recorder_sees_what_it_is_to_see(x):
+    """The test of the tests: each kind of wait, planted."""
+    class Waits(nn.Module):
+        def forward(self, x):
+            return x * float(x.sum()) if x.sum() > 0 else x
+
+    class Copies(nn.Module):
+        def forward(self, x):
+            return x * torch.tensor([2.0])
+
+    class Writes(nn.Module):
+        def forward(self, x):
+            centre = torch.zeros(3, 3)
+            centre[1, 1] = 1
+            return x * centre.sum()
+
+    assert set(recorded(Waits(), x)) & WAITS
+    assert set(recorded(Copies(), x)) & FROM_THE_HOST
+    assert set(recorded(Writes(), x)) & FROM_THE_HOST
