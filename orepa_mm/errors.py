@@ -1,5 +1,7 @@
 """The errors that a user may see: something given to the package is not what it needs."""
 
+from collections.abc import Sequence
+
 
 class CheckpointError(ValueError):
     """A checkpoint is not what was asked for; the message says what it is."""
@@ -23,3 +25,16 @@ class VerificationError(RuntimeError):
 
 class OnnxExportError(RuntimeError):
     """A model has no ONNX form; the message says why."""
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Join names for a message.
+
+    Args:
+        names: At least one.
+
+    Returns:
+        The first five, and how many there are besides.
+    """
+    more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+    return ', '.join(names[:5]) + more

@@ -43,5 +43,9 @@ reparam = dict(
     ],
     default_hooks=dict(
         logger=dict(interval=10, log_metric_by_epoch=False),
-        checkpoint=dict(by_epoch=False, interval=100, max_keep_ckpts=1)),
+        checkpoint=dict(
+            type='WholeCheckpointHook',
+            by_epoch=False,
+            interval=100,
+            max_keep_ckpts=1)),
     log_processor=dict(by_epoch=False, window_size=10))

@@ -1,6 +1,7 @@
 """Checkpoints: safe reading, strict loading, forms told apart, the authors' names."""
 
 from .architectures import PUBLISHED, Architecture, recognize_architecture
+from .doors import guard_doors
 from .guard import guard_mmengine, require_same_form
 from .io import load_checkpoint, model_state_dict
 from .loading import load_pretrained, load_weights
@@ -8,9 +9,10 @@ from .official import convert_official_block, convert_official_state_dict, read_
 from .safe_globals import allow_runner_checkpoints
 
 __all__ = ['PUBLISHED', 'Architecture', 'allow_runner_checkpoints',
-           'convert_official_block', 'convert_official_state_dict', 'guard_mmengine',
-           'load_checkpoint', 'load_pretrained', 'load_weights', 'model_state_dict',
-           'read_classifier', 'recognize_architecture', 'require_same_form']
+           'convert_official_block', 'convert_official_state_dict', 'guard_doors',
+           'guard_mmengine', 'load_checkpoint', 'load_pretrained', 'load_weights',
+           'model_state_dict', 'read_classifier', 'recognize_architecture', 'require_same_form']
 
 allow_runner_checkpoints()
+guard_doors()
 guard_mmengine()

@@ -1,46 +1,56 @@
-"""The networks: recognised from a checkpoint, and every layer that each one has."""
+"""The networks: recognised from a checkpoint, named as the authors do, built without memory."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
+from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ..errors import CheckpointError
-from ..layers import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, OREPAStemConv2d
+from ..errors import CheckpointError, shortened
 from .forms import training_form_of
 
 #: Names of the networks that the authors describe.
 PUBLISHED = ('ResNet-18', 'ResNet-34', 'ResNet-50', 'ResNet-101', 'ResNet-18-1.5x',
              'ResNet-18-2x', 'ResNeXt-50', 'RepVGG-A0', 'RepVGG-A1', 'RepVGG-A2', 'RepVGG-B1')
 
-#: (has three convolutions per block, blocks per stage) of each depth.
-_RESNETS = {
-    18: (False, (2, 2, 2, 2)),
-    34: (False, (3, 4, 6, 3)),
-    50: (True, (3, 4, 6, 3)),
-    101: (True, (3, 4, 23, 3)),
-    152: (True, (3, 8, 36, 3)),
-}
-#: (blocks per stage, channels per stage) of MMPretrain's plain RepVGGs.
-_REPVGGS = {
-    'A0': ((2, 4, 14, 1), (48, 96, 192, 1280)),
-    'A1': ((2, 4, 14, 1), (64, 128, 256, 1280)),
-    'A2': ((2, 4, 14, 1), (96, 192, 384, 1408)),
-    'B0': ((4, 6, 16, 1), (64, 128, 256, 1280)),
-    'B1': ((4, 6, 16, 1), (128, 256, 512, 2048)),
-    'B2': ((4, 6, 16, 1), (160, 320, 640, 2560)),
-    'B3': ((4, 6, 16, 1), (192, 384, 768, 2560)),
-}
+#: Blocks per stage, by depth; from depth 50 on a block has three convolutions.
+_RESNETS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3),
+            50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+#: Blocks per stage, by the letter, and channels per stage of MMPretrain's plain RepVGGs.
+_REPVGG_BLOCKS = {'A': (2, 4, 14, 1), 'B': (4, 6, 16, 1)}
+_REPVGGS = {'A0': (48, 96, 192, 1280), 'A1': (64, 128, 256, 1280), 'A2': (96, 192, 384, 1408),
+            'B0': (64, 128, 256, 1280), 'B1': (128, 256, 512, 2048), 'B2': (160, 320, 640, 2560),
+            'B3': (192, 384, 768, 2560)}
 #: By (depth, channels of stage 1), where a published width has a name.
 _WIDTH_NAMES = {(18, 96): '-1.5x', (18, 128): '-2x'}
 _BASE_CHANNELS = 64
 _BOTTLENECK_EXPANSION = 4
-#: Layers that have shapes but hold no memory.
-_EMPTY = {'bias': False, 'device': 'meta'}
+#: The packages whose backbones are tried, in this order; the first one alone has RepVGG.
+_PACKAGES = ('mmpretrain', 'mmdet', 'mmseg')
+#: What a part of our keys is called by the authors, who keep a convolution and its BN together.
+_AUTHORS_NAMES = [(re.compile(pattern), name) for pattern, name in (
+    (r'^head\.fc\.', 'linear.'),
+    (r'^backbone\.(conv1|bn1)\.', r'stage0.\1.'),
+    (r'^backbone\.stem\.', 'stage0.'),
+    (r'^backbone\.(?:layer|stage_)(\d)\.', r'stage\1.'),
+    (r'\.bn(\d)\.', r'.conv\1.bn.'),
+    (r'\.downsample\.0\.weight$', '.shortcut.conv.weight'),  # a plain one, else there are branches
+    (r'\.downsample\.0\.', '.shortcut.'),
+    (r'\.downsample\.1\.', '.shortcut.bn.'),
+    (r'\.branch_3x3\.conv\.', '.rbr_dense.'),
+    (r'\.branch_3x3\.norm\.', '.rbr_dense.bn.'),
+    (r'\.branch_1x1\.conv\.', '.rbr_1x1.conv.'),
+    (r'\.branch_1x1\.norm\.', '.rbr_1x1.bn.'),
+    (r'\.branch_norm\.', '.rbr_identity.'),
+)]
+#: Stage and number of a block, in the authors' names or ours.
+_BLOCK = re.compile(r'(?:stage|backbone\.layer|backbone\.stage_)([1-4])\.(\d+)\.')
 
 
 @dataclass(frozen=True)
@@ -60,39 +70,6 @@ class Architecture:
     num_classes: int
 
 
-class Part(NamedTuple):
-    """One layer under both names.
-
-    Attributes:
-        authors: What its keys begin with in the authors' checkpoints.
-        ours: What they begin with in an OpenMMLab classifier.
-        layer: The layer without content, for the rest of its keys and their shapes.
-    """
-
-    authors: str
-    ours: str
-    layer: nn.Module
-
-
-class _Names(NamedTuple):
-    """Where the shapes that tell a network stand."""
-
-    stem: str
-    resnet_block: str
-    repvgg_stem: str
-    repvgg_block: str
-    repvgg_dense: str
-    linear: str
-
-
-_NAMES = {
-    'authors': _Names('stage0.conv1', 'stage{}.{}', 'stage0.rbr_dense', 'stage{}.{}', 'rbr_dense',
-                      'linear'),
-    'ours': _Names('backbone.conv1', 'backbone.layer{}.{}', 'backbone.stem.branch_3x3.conv',
-                   'backbone.stage_{}.{}', 'branch_3x3.conv', 'head.fc'),
-}
-
-
 def recognize_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
     """Tell from keys and shapes which network a classifier in training form is.
 
@@ -108,125 +85,65 @@ def recognize_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
             says what the checkpoint is, or which.
     """
     form = training_form_of(state_dict)
-    names = _NAMES[form]
-    if any('.weight_rbr_' in key for key in state_dict):
-        name, backbone = _recognize_repvgg(state_dict, names, only_whole=form == 'authors')
-    else:
-        name, backbone = _recognize_resnet(state_dict, names)
-    return Architecture(name, backbone, tensor_shape(state_dict, f'{names.linear}.weight', 2)[0])
+    is_repvgg = any('.weight_rbr_' in key for key in state_dict)
+    name, backbone = (_recognize_repvgg if is_repvgg else _recognize_resnet)(state_dict, form)
+    num_classes = tensor_shape(state_dict, key_in(form, 'head.fc.weight'), 2)[0]
+    return Architecture(name, backbone, num_classes)
 
 
-def network_parts(architecture: Architecture) -> list[Part]:
-    """Every layer of a network.
+def build_backbone(architecture: Architecture) -> nn.Module:
+    """Build a network's backbone in training form, with the first package that has it.
 
     Args:
-        architecture: From `recognize_architecture`.
+        architecture: The network.
 
     Returns:
-        The layers in order, the classifier's `linear` last.
+        The backbone on the meta device: without values, for weights that are
+        loaded with `assign=True`.
+
+    Raises:
+        ImportError: If no such package is installed; it says what to install.
     """
-    config = {key: value for key, value in architecture.backbone.items() if key != 'type'}
-    parts = _repvgg_parts if architecture.backbone['type'] == 'OREPARepVGG' else _resnet_parts
-    return list(parts(architecture.num_classes, **config))
+    name = architecture.backbone['type']
+    reasons = []
+    for package in _PACKAGES[:1] if name == 'OREPARepVGG' else _PACKAGES:
+        cfg = {**architecture.backbone, 'type': f'{package}.{name}'}
+        if package != 'mmpretrain' and 'width_per_group' in cfg:
+            cfg['base_width'] = cfg.pop('width_per_group')
+        try:
+            MODELS.get(cfg['type'])  # imports the package, which may make tensors of its own
+            with torch.device('meta'), _ReadableLinspace():
+                return MODELS.build(cfg)
+        except ImportError as error:
+            reasons.append(str(error))
+    raise ImportError('; '.join(reasons))
 
 
-def _recognize_resnet(state: Mapping[str, Tensor], names: _Names) -> tuple[str, dict[str, Any]]:
-    """Name and backbone config of a ResNet or ResNeXt."""
-    counts = _block_counts(state, names.resnet_block)
-    first = names.resnet_block.format(1, 0)
-    bottleneck = any(re.search(r'\.conv3\.', key) for key in state)
-    depths = {depth: blocks for depth, (three, blocks) in _RESNETS.items() if three == bottleneck}
-    depth = next((depth for depth, blocks in depths.items() if blocks == counts), None)
-    if depth is None:
-        raise _missing_blocks(counts, {f'a ResNet-{depth}': blocks for depth, blocks
-                                       in depths.items()}, names.resnet_block)
-    stem = tensor_shape(state, f'{names.stem}.weight0.weight_orepa_origin')[0]
-    if bottleneck:
-        out = tensor_shape(state, f'{first}.conv3.weight_or1x1_origin')[0]
-        base = max(out // _BOTTLENECK_EXPANSION, 1)
-        hidden, group_width = tensor_shape(state, f'{first}.conv2.weight_orepa_origin')[:2]
-        groups = max(hidden // group_width, 1)
-    else:
-        base, groups = tensor_shape(state, f'{first}.conv1.weight_orepa_origin')[0], 1
-    config = {'type': 'OREPAResNet' if groups == 1 else 'OREPAResNeXt', 'depth': depth,
-              'base_channels': base, 'stem_channels': stem}
-    notes = [f'ResNet-{depth}{_WIDTH_NAMES.get((depth, base), "")}']
-    if groups > 1:
-        config.update(groups=groups, width_per_group=group_width)
-        notes = [f'ResNeXt-{depth}']
-        if (groups, group_width) != (32, 4):
-            notes.append(f'{groups} x {group_width}d')
-    if base != _BASE_CHANNELS and (depth, base) not in _WIDTH_NAMES:
-        notes.append(f'{base} channels wide')
-    if stem != base:
-        notes.append(f'with a stem of {stem} channels')
-    return ', '.join(notes), config
+class _ReadableLinspace(TorchFunctionMode):
+    """Keeps `torch.linspace` on the CPU: MMPretrain's ResNet reads its values while building."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            kwargs = {**kwargs, 'device': 'cpu'}
+        return func(*args, **kwargs)
 
 
-def _recognize_repvgg(state: Mapping[str, Tensor], names: _Names, only_whole: bool
-                      ) -> tuple[str, dict[str, Any]]:
-    """Name and backbone config of a RepVGG.
-
-    With `only_whole`, a network of published width is refused if it has less
-    blocks than that: a shorter one is a RepVGG too, only the authors have none.
-    """
-    def width_of(block: str) -> int:
-        return tensor_shape(state, f'{block}.weight_rbr_origin')[0]
-
-    counts = _block_counts(state, names.repvgg_block)
-    widths = tuple(width_of(f'{names.repvgg_block.format(stage, 0)}.{names.repvgg_dense}')
-                   if count else None for stage, count in enumerate(counts, start=1))
-    alike = {name: blocks for name, (blocks, published) in _REPVGGS.items()
-             if all(width in (None, other) for width, other in zip(widths, published))}
-    if 0 in counts or (only_whole and alike and counts not in alike.values()):
-        raise _missing_blocks(counts, {f'RepVGG-{name}': blocks for name, blocks in alike.items()},
-                              names.repvgg_block)
-    stem = width_of(names.repvgg_stem)
-    for name, (blocks, published) in _REPVGGS.items():
-        if (counts, widths, stem) == (blocks, published, min(_BASE_CHANNELS, published[0])):
-            return f'RepVGG-{name}', {'type': 'OREPARepVGG', 'arch': name}
-    factors = [width / (_BASE_CHANNELS * 2**stage) for stage, width in enumerate(widths)]
-    arch = {'num_blocks': list(counts), 'width_factor': factors, 'group_layer_map': None,
-            'se_cfg': None, 'stem_channels': stem}
-    return (f'RepVGG of {counts} blocks, {widths} channels wide',
-            {'type': 'OREPARepVGG', 'arch': arch})
-
-
-def _block_counts(state: Mapping[str, Tensor], block: str) -> tuple[int, ...]:
-    """Blocks in each of the four stages; `block` is their name, to be formatted."""
-    pattern = re.compile(block.replace('.', r'\.').format(r'([1-4])', r'(\d+)') + r'\.')
-    counts = [0] * 4
-    for match in filter(None, map(pattern.match, state)):
-        stage, index = int(match[1]) - 1, int(match[2])
-        counts[stage] = max(counts[stage], index + 1)
-    return tuple(counts)
-
-
-def _missing_blocks(counts: tuple[int, ...], known: Mapping[str, tuple[int, ...]],
-                    block: str) -> CheckpointError:
-    """The error for a number of blocks that no network has; `known` is by name, shortest first."""
-    text = f'the checkpoint has {counts} blocks in its four stages'
-    for name, blocks in known.items():
-        missing = [block.format(stage, index) + '.*'
-                   for stage, (found, there) in enumerate(zip(counts, blocks), start=1)
-                   for index in range(found, there)]
-        if missing and all(found <= there for found, there in zip(counts, blocks)):
-            return CheckpointError(f'{text}, where {name} has {blocks}: it is truncated, there is '
-                                   f'no {shortened(missing)}')
-    return CheckpointError(f'{text}, as none of the networks known here has')
-
-
-def shortened(names: list[str]) -> str:
-    """Join names for a message.
+def key_in(form: str, key: str) -> str:
+    """What a key is called in a checkpoint.
 
     Args:
-        names: At least one.
+        form: `authors` or `ours`, from `training_form_of`.
+        key: Or the beginning of one, in our names: `backbone.*` or `head.fc.*`.
 
     Returns:
-        The first five, and how many there are besides.
+        The key in the names of that checkpoint.
     """
-    more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-    return ', '.join(names[:5]) + more
+    if form == 'authors':
+        for pattern, name in _AUTHORS_NAMES:
+            key = pattern.sub(name, key)
+    return key
 
 
 def tensor_shape(state_dict: Mapping[str, Tensor], key: str, dimensions: int = 4
@@ -253,72 +170,87 @@ def tensor_shape(state_dict: Mapping[str, Tensor], key: str, dimensions: int = 4
     return shape
 
 
-def _resnet_parts(num_classes: int, depth: int, base_channels: int, stem_channels: int,
-                  groups: int = 1, width_per_group: int = 0) -> Iterator[Part]:
-    bottleneck, counts = _RESNETS[depth]
-    yield from _conv_and_bn('stage0.conv1', 'conv1', 'bn1',
-                            OREPAStemConv2d(3, stem_channels, 7, **_EMPTY))
-    channels = stem_channels
-    for stage, count in enumerate(counts, start=1):
-        scale = 2 ** (stage - 1)
-        hidden = scale * (groups * width_per_group if groups > 1 else base_channels)
-        out = scale * base_channels * (_BOTTLENECK_EXPANSION if bottleneck else 1)
-        for index in range(count):
-            if bottleneck:
-                layers = [OREPAConv1x1(channels, hidden, **_EMPTY),
-                          OREPAConv2d(hidden, hidden, 3, groups=groups, **_EMPTY),
-                          OREPAConv1x1(hidden, out, **_EMPTY)]
-            else:
-                layers = [OREPAConv2d(channels, out, 3, **_EMPTY),
-                          OREPAConv2d(out, out, 3, **_EMPTY)]
-            source, target = f'stage{stage}.{index}', f'layer{stage}.{index}'
-            for n, layer in enumerate(layers, start=1):
-                yield from _conv_and_bn(f'{source}.conv{n}', f'{target}.conv{n}',
-                                        f'{target}.bn{n}', layer)
-            if index == 0 and (stage > 1 or channels != out):
-                shortcut = OREPAConv1x1 if bottleneck else nn.Conv2d
-                yield from _conv_and_bn(f'{source}.shortcut', f'{target}.downsample.0',
-                                        f'{target}.downsample.1',
-                                        shortcut(channels, out, 1, **_EMPTY))
-            channels = out
-    yield _classifier(channels, num_classes)
+def _recognize_resnet(state: Mapping[str, Tensor], form: str) -> tuple[str, dict[str, Any]]:
+    """Name and backbone config of a ResNet or ResNeXt."""
+    def shape_of(kernel: str) -> tuple[int, ...]:
+        return tensor_shape(state, key_in(form, f'backbone.{kernel}_origin'))
 
-
-def _repvgg_parts(num_classes: int, arch: str | dict[str, Any]) -> Iterator[Part]:
-    if isinstance(arch, str):
-        counts, widths = _REPVGGS[arch]
-        channels = min(_BASE_CHANNELS, widths[0])
+    counts = _block_counts(state)
+    bottleneck = any('.conv3.' in key for key in state)
+    depths = {depth: blocks for depth, blocks in _RESNETS.items() if (depth >= 50) == bottleneck}
+    depth = next((depth for depth, blocks in depths.items() if blocks == counts), None)
+    if depth is None:
+        raise _missing_blocks(counts, {f'a ResNet-{depth}': blocks for depth, blocks
+                                       in depths.items()}, form, 'layer')
+    stem, groups = shape_of('conv1.weight0.weight_orepa')[0], 1
+    if bottleneck:
+        out = shape_of('layer1.0.conv3.weight_or1x1')[0]
+        base = max(out // _BOTTLENECK_EXPANSION, 1)
+        hidden, group_width = shape_of('layer1.0.conv2.weight_orepa')[:2]
+        groups = max(hidden // group_width, 1)
     else:
-        counts, channels = arch['num_blocks'], arch['stem_channels']
-        widths = [int(_BASE_CHANNELS * 2**stage * factor)
-                  for stage, factor in enumerate(arch['width_factor'])]
-    yield from _repvgg_block('stage0', 'stem', 3, channels, 2)
-    for stage, (count, width) in enumerate(zip(counts, widths), start=1):
-        for index in range(count):
-            yield from _repvgg_block(f'stage{stage}.{index}', f'stage_{stage}.{index}', channels,
-                                     width, 1 if index else 2)
-            channels = width
-    yield _classifier(channels, num_classes)
+        base = shape_of('layer1.0.conv1.weight_orepa')[0]
+    config = {'type': 'OREPAResNet' if groups == 1 else 'OREPAResNeXt', 'depth': depth,
+              'base_channels': base, 'stem_channels': stem}
+    notes = [f'ResNet-{depth}{_WIDTH_NAMES.get((depth, base), "")}']
+    if groups > 1:
+        config.update(groups=groups, width_per_group=group_width)
+        notes = [f'ResNeXt-{depth}']
+        if (groups, group_width) != (32, 4):
+            notes.append(f'{groups} x {group_width}d')
+    if base != _BASE_CHANNELS and (depth, base) not in _WIDTH_NAMES:
+        notes.append(f'{base} channels wide')
+    if stem != base:
+        notes.append(f'with a stem of {stem} channels')
+    return ', '.join(notes), config
 
 
-def _repvgg_block(source: str, target: str, channels: int, out: int, stride: int
-                  ) -> Iterator[Part]:
-    yield from _conv_and_bn(f'{source}.rbr_dense', f'{target}.branch_3x3.conv',
-                            f'{target}.branch_3x3.norm',
-                            OREPARepVGGConv2d(channels, out, 3, stride, 1, **_EMPTY))
-    yield from _conv_and_bn(f'{source}.rbr_1x1', f'{target}.branch_1x1.conv',
-                            f'{target}.branch_1x1.norm', nn.Conv2d(channels, out, 1, **_EMPTY))
-    if channels == out and stride == 1:
-        yield Part(f'{source}.rbr_identity', f'backbone.{target}.branch_norm',
-                   nn.BatchNorm2d(out, device='meta'))
+def _recognize_repvgg(state: Mapping[str, Tensor], form: str) -> tuple[str, dict[str, Any]]:
+    """Name and backbone config of a RepVGG.
+
+    A shorter one of published width is a RepVGG too, but not the authors'.
+    """
+    def width_of(block: str) -> int:
+        kernel = f'backbone.{block}.branch_3x3.conv.weight_rbr_origin'
+        return tensor_shape(state, key_in(form, kernel))[0]
+
+    counts = _block_counts(state)
+    widths = tuple(width_of(f'stage_{stage}.0') if count else None
+                   for stage, count in enumerate(counts, start=1))
+    alike = {name: _REPVGG_BLOCKS[name[0]] for name, published in _REPVGGS.items()
+             if all(width in (None, other) for width, other in zip(widths, published))}
+    name = next((name for name, blocks in alike.items() if blocks == counts), None)
+    if 0 in counts or (form == 'authors' and alike and name is None):
+        raise _missing_blocks(counts, {f'RepVGG-{name}': blocks for name, blocks in alike.items()},
+                              form, 'stage_')
+    stem = width_of('stem')
+    if name is not None and stem == min(_BASE_CHANNELS, widths[0]):
+        return f'RepVGG-{name}', {'type': 'OREPARepVGG', 'arch': name}
+    factors = [width / (_BASE_CHANNELS * 2**stage) for stage, width in enumerate(widths)]
+    arch = {'num_blocks': list(counts), 'width_factor': factors, 'group_layer_map': None,
+            'se_cfg': None, 'stem_channels': stem}
+    return (f'RepVGG of {counts} blocks, {widths} channels wide',
+            {'type': 'OREPARepVGG', 'arch': arch})
 
 
-def _conv_and_bn(source: str, conv: str, bn: str, layer: nn.Module) -> Iterator[Part]:
-    """The authors keep a plain convolution beside its BN, a block's tensors around it."""
-    inner = '.conv' if isinstance(layer, nn.Conv2d) else ''
-    yield Part(source + inner, f'backbone.{conv}', layer)
-    yield Part(f'{source}.bn', f'backbone.{bn}', nn.BatchNorm2d(layer.out_channels, device='meta'))
+def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Blocks in each of the four stages."""
+    counts = [0] * 4
+    for match in filter(None, map(_BLOCK.match, state)):
+        stage, index = int(match[1]) - 1, int(match[2])
+        counts[stage] = max(counts[stage], index + 1)
+    return tuple(counts)
 
 
-def _classifier(features: int, num_classes: int) -> Part:
-    return Part('linear', 'head.fc', nn.Linear(features, num_classes, device='meta'))
+def _missing_blocks(counts: tuple[int, ...], known: Mapping[str, tuple[int, ...]], form: str,
+                    stage_name: str) -> CheckpointError:
+    """The error for a number of blocks that no network has; `known` is by name, shortest first."""
+    text = f'the checkpoint has {counts} blocks in its four stages'
+    for name, blocks in known.items():
+        missing = [key_in(form, f'backbone.{stage_name}{stage}.{index}.') + '*'
+                   for stage, (found, there) in enumerate(zip(counts, blocks), start=1)
+                   for index in range(found, there)]
+        if missing and all(found <= there for found, there in zip(counts, blocks)):
+            return CheckpointError(f'{text}, where {name} has {blocks}: it is truncated, there is '
+                                   f'no {shortened(missing)}')
+    return CheckpointError(f'{text}, as none of the networks known here has')

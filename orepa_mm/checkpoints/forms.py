@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ..errors import CheckpointError
 
@@ -32,6 +34,36 @@ def is_in_authors_names(keys: Collection[str]) -> bool:
         keys: Of a state dict, without the prefix `module.`.
     """
     return any(map(_BRANCH.search, keys)) and any(re.match(r'stage\d\.', key) for key in keys)
+
+
+def note_form(state_dict: Mapping[str, Any], form: str) -> OrderedDict[str, Any]:
+    """Let weights carry the form that the `meta` of their checkpoint names.
+
+    MMEngine hands on the weights alone, and in a folded form's keys nothing is
+    certain: they may be those of any network without BN. It hands on
+    PyTorch's own notes beside them (`_metadata`), where this one is put.
+
+    Args:
+        state_dict: The weights; left as they are.
+        form: For example `folded`.
+
+    Returns:
+        The same weights with the note, see `noted_form`.
+    """
+    noted = OrderedDict(state_dict)
+    notes = getattr(state_dict, '_metadata', None) or {}
+    noted._metadata = OrderedDict({**notes, '': {**notes.get('', {}), 'form': form}})
+    return noted
+
+
+def noted_form(state_dict: Mapping[str, Any]) -> str | None:
+    """The form that `note_form` noted, or None.
+
+    Args:
+        state_dict: Of a model or of a part of it.
+    """
+    notes = getattr(state_dict, '_metadata', None) or {}
+    return notes.get('', {}).get('form')
 
 
 def training_form_of(keys: Collection[str]) -> str:

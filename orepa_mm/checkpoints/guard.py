@@ -1,4 +1,4 @@
-"""A checkpoint of one form never loads into a model of another, anywhere in MMEngine.
+"""A checkpoint of one form does not load into a model of another, anywhere in MMEngine.
 
 MMEngine would warn of missing keys, leave random weights, and go on.
 """
@@ -15,9 +15,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shortened
 from ..layers import reparam_layers
-from .forms import is_branch_key, is_in_authors_names
+from .forms import is_branch_key, is_in_authors_names, noted_form
 
 #: MMPretrain's RepVGG block: its one convolution when deployed, and what it is made from.
 _REPVGG_DEPLOYED, _REPVGG_TRAINING = 'branch_reparam', 'branch_3x3'
@@ -42,36 +42,52 @@ _FIXES = {
 
 
 def require_same_form(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Refuse weights of another form than the model's.
+    """Refuse weights of another form than the model's, and half a re-parameterizable layer.
 
     The forms: `training` (branches), `plain` (re-parameterized: the stock
     model) and `folded` (BN folded as well). Weights that have nothing to do
     with the model's re-parameterizable layers are none of this function's
-    business, nor are missing keys of other parts.
+    business, nor are missing keys of other parts. A model without such layers
+    and without folded BN may load whatever it likes, but for branches.
+
+    The keys of a folded form may be those of any network without BN. Weights
+    that meet a plain model are known to be folded only where the file's `meta`
+    says so and MMEngine hands the whole state dict on (`load_from`, inferencers,
+    `load_checkpoint`; `load_weights` of this package). From a bare state dict,
+    and through `init_cfg` with a `prefix`, they are not recognised: MMEngine
+    warns of the missing keys, or, with `strict=True`, raises.
 
     Args:
         model: The model, maybe wrapped.
         state_dict: What is to be loaded into it.
 
     Raises:
-        CheckpointError: If the forms differ, or the names are those of the
-            authors' code. It names both forms, a layer, and the command that
-            mends it.
+        CheckpointError: If the forms differ, the names are those of the
+            authors' code, or a layer in training form would get some of its
+            tensors but not all (missing, or of another shape). It names the
+            forms or the tensors, a layer, and what mends it.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
-    keys = {key for key, value in state_dict.items() if isinstance(value, Tensor)}
-    found = (_mismatch_of_branches(model, keys) or _mismatch_of_folding(model, keys))
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    layers = set(reparam_layers(model))
+    folded = _folded_norms(model)
+    written_as_folded = noted_form(state_dict) == 'folded'
+    if not (layers or folded or written_as_folded or any(map(is_branch_key, tensors))):
+        return
+    found = (_mismatch_of_branches(model, layers, tensors)
+             or _mismatch_of_folding(model, folded, written_as_folded, tensors))
     if found:
         theirs, ours, layer = found
         raise CheckpointError(
             f'the checkpoint is in {theirs} form, but the model is in {ours} form (at {layer}). '
             + _FIXES.get((theirs, ours), _FIXES['plain', 'training']))
-    if is_in_authors_names(keys) and not keys & model.state_dict().keys():
+    if is_in_authors_names(tensors) and not tensors.keys() & model.state_dict().keys():
         raise CheckpointError(
             "the checkpoint is in training form and in the names of the authors' code, which no "
             'model of OpenMMLab has. Convert it:\n'
             '  mim run orepa_mm convert_checkpoint CHECKPOINT CONVERTED')
+    _require_whole_layers(model, layers, tensors)
 
 
 def guard_mmengine() -> None:
@@ -93,10 +109,10 @@ def guard_mmengine() -> None:
     mmengine.runner.load_state_dict = checked
 
 
-def _mismatch_of_branches(model: nn.Module, keys: Collection[str]) -> tuple[str, str, str] | None:
+def _mismatch_of_branches(model: nn.Module, layers: Collection[nn.Module],
+                          keys: Collection[str]) -> tuple[str, str, str] | None:
     """(form of the keys, form of the model, layer) if only one of them has branches."""
     with_branches = {prefix for key in keys if is_branch_key(key) for prefix in _prefixes(key)}
-    layers = set(reparam_layers(model))
     inside = {module for layer in layers for module in layer.modules()}
     form = 'folded' if _folded_norms(model) else 'plain'
     for name, module in model.named_modules():
@@ -117,17 +133,40 @@ def _mismatch_of_branches(model: nn.Module, keys: Collection[str]) -> tuple[str,
     return None
 
 
-def _mismatch_of_folding(model: nn.Module, keys: Collection[str]) -> tuple[str, str, str] | None:
+def _mismatch_of_folding(model: nn.Module, folded: Collection[str], written_as_folded: bool,
+                         keys: Collection[str]) -> tuple[str, str, str] | None:
     """(form of the keys, form of the model, layer) if only one of them has its BN folded."""
-    for name in _folded_norms(model):
+    for name in folded:
         if f'{name}.running_mean' in keys:
             return 'plain', 'folded', name
-    if any(key.endswith('.running_mean') for key in keys):
-        return None  # a stock model of which some convolutions have a bias, where ours have a BN
-    missing = any(isinstance(module, _BatchNorm) for module in model.modules())
-    extra = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    if folded or not written_as_folded:
+        return None
+    modules = dict(model.named_modules())
+    without_norm = any(isinstance(module, _BatchNorm) and f'{name}.running_mean' not in keys
+                       for name, module in modules.items())
+    extra = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)
                   and module.bias is None and f'{name}.bias' in keys), None)
-    return ('folded', 'plain', extra) if missing and extra is not None else None
+    return ('folded', 'plain', extra) if without_norm and extra is not None else None
+
+
+def _require_whole_layers(model: nn.Module, layers: Collection[nn.Module],
+                          tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights for a part of a layer's branches: the others would stay at random."""
+    for name, layer in model.named_modules():
+        if layer not in layers:
+            continue
+        # what a runner leaves at 0 where it is missing is no weight
+        own = {key: tensor.shape for key, tensor in layer.state_dict(
+            prefix=f'{name}.' if name else '').items() if not key.endswith('num_batches_tracked')}
+        missing = [key for key in own if key not in tensors]
+        others = [key for key in own if key in tensors and tensors[key].shape != own[key]]
+        if 0 < len(missing) + len(others) < len(own):
+            raise CheckpointError(
+                f'the checkpoint has only a part of {name or "the layer"}, which is in training '
+                f'form ({type(layer).__name__}), and the rest would stay at its random value: '
+                + '; '.join([f'there is no {shortened(missing)}'] * bool(missing)
+                            + [f'size mismatch for {shortened(others)}'] * bool(others))
+                + '. Give a whole checkpoint of this network, or leave the layer out of it')
 
 
 def _folded_norms(model: nn.Module) -> list[str]:

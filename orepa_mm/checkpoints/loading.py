@@ -1,18 +1,25 @@
-"""Load weights into models strictly: nothing stays at its random value."""
+"""Load weights into models strictly: nothing stays at its random value.
+
+Everything is checked before anything is written: a refused load leaves the
+model as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shortened
 from .guard import require_same_form
-from .io import load_checkpoint, model_state_dict
+from .io import below, load_checkpoint, model_state_dict
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
@@ -26,23 +33,27 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
         The whole checkpoint, for its `meta`.
 
     Raises:
-        CheckpointError: If a key is missing or unknown, a shape differs, or the
-            checkpoint is of another form than the model, see `require_same_form`.
+        CheckpointError: If a key is missing or unknown, a shape differs, a
+            tensor is not finite or not floating where the model's is, or the
+            checkpoint is of another form than the model, see
+            `require_same_form`. The model is as it was.
     """
     checkpoint = load_checkpoint(path)
     state = model_state_dict(checkpoint)
-    _require_same_form(model, state, path)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f'{path} does not belong to this model. {error}') from error
+    unused = _check(model, state, path)
+    if unused:
+        raise CheckpointError(f'{path} does not fit {type(model).__name__}, which has no '
+                              f'{shortened(unused)}')
+    model.load_state_dict(state, strict=False)
     return checkpoint
 
 
 def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -> None:
     """Load pretrained weights into a part of a model; nothing may stay at its random value.
 
-    MMEngine alone would only warn of missing or misshapen weights.
+    MMEngine alone would only warn of missing or misshapen weights. Weights that
+    lie in no part of the module are left out, with a line in the log: the head
+    of a classifier (`fc.*`), and whole stages if the module was built with fewer.
 
     Args:
         module: For example a backbone.
@@ -51,8 +62,12 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
         prefix: Only keys that begin with it are taken, without it.
 
     Raises:
-        CheckpointError: If a key of the module is missing, a shape differs, or
-            the weights are of another form, see `require_same_form`.
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If a key of the module is missing, a part of the module
+            has not all the layers that the weights are for (those of a deeper
+            network), a shape differs, a tensor is not finite or not floating
+            where the module's is, or the weights are of another form, see
+            `require_same_form`. The module is as it was.
     """
     if '://' in source:
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
@@ -61,25 +76,68 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
     state = model_state_dict(checkpoint)
     if prefix:
         prefix = prefix.rstrip('.') + '.'
-        state = {key.removeprefix(prefix): value for key, value in state.items()
-                 if key.startswith(prefix)}
+        state = below(state, prefix)
         if not state:
             raise CheckpointError(f'{source} has no key that begins with {prefix}')
-    _require_same_form(module, state, source)
-    try:
-        result = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f'{source} does not fit {type(module).__name__}. {error}') from error
-    if result.missing_keys:
-        raise CheckpointError(
-            f'{source} does not fit {type(module).__name__}: it has no '
-            f'{", ".join(result.missing_keys[:5])} ({len(result.missing_keys)} keys in all)')
-    if result.unexpected_keys:
-        print_log(f'{source}: not used are {", ".join(result.unexpected_keys)}', 'current')
+    unused = _check(module, state, source)
+    parts = {key.partition('.')[0] for key in module.state_dict()}
+    of_other_layers = [key for key in unused if key.partition('.')[0] in parts]
+    if of_other_layers:
+        raise CheckpointError(f'{source} is of another network than {type(module).__name__}, '
+                              f'which has no {shortened(of_other_layers)}')
+    if unused:
+        print_log(f'{source}: not used are {shortened(unused)}', 'current')
+    module.load_state_dict(state, strict=False)
 
 
-def _require_same_form(model: nn.Module, state: Mapping[str, Any], source: str | Path) -> None:
+def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> list[str]:
+    """The keys that the module does not have; an error if what it has does not fit."""
     try:
-        require_same_form(model, state)
+        require_same_form(module, state)
     except CheckpointError as error:
         raise CheckpointError(f'{source}: {error}') from error
+    twin = _without_memory(module)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='.*copying from a non-meta parameter')
+            result = twin.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f'{source} does not fit {type(module).__name__}. {error}') from error
+    # as MMEngine: older files have no such counter, and it starts at 0
+    missing = [key for key in result.missing_keys if not key.endswith('num_batches_tracked')]
+    if missing:
+        raise CheckpointError(
+            f'{source} does not fit {type(module).__name__}: it has no {shortened(missing)}')
+    _check_values(module, state, result.unexpected_keys, source)
+    return list(result.unexpected_keys)
+
+
+def _without_memory(module: nn.Module) -> nn.Module:
+    """A copy whose weights have shapes only: loading into it shows what fits, and writes nothing.
+
+    The modules' own code, which knows the names of older files, has its say there.
+    """
+    def empty(tensor: Tensor) -> Tensor:
+        shape = tensor.detach().to('meta')
+        return nn.Parameter(shape, False) if isinstance(tensor, nn.Parameter) else shape
+
+    weights = module.state_dict(keep_vars=True).values()
+    return copy.deepcopy(module, {id(tensor): empty(tensor) for tensor in weights
+                                  if isinstance(tensor, Tensor)})
+
+
+def _check_values(module: nn.Module, state: Mapping[str, Tensor], unused: Collection[str],
+                  source: str | Path) -> None:
+    """Refuse tensors that are no weights, among those that would be written."""
+    unused = set(unused)
+    own = module.state_dict()
+    for key, value in state.items():
+        if key in unused:
+            continue
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise CheckpointError(f'{source}: {key} is no ordinary tensor with values')
+        if key in own and own[key].is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f'{source}: {key} is of type {value.dtype}, where '
+                                  f'{type(module).__name__} has {own[key].dtype}')
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f'{source}: {key} holds values that are not finite (NaN or Inf)')

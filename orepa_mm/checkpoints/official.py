@@ -7,19 +7,20 @@ apart. The names inside a block are the same here and there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shortened
 from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 from .architectures import (
     Architecture,
-    Part,
-    network_parts,
+    build_backbone,
+    key_in,
     recognize_architecture,
-    shortened,
     tensor_shape,
 )
 from .forms import training_form_of
@@ -43,12 +44,12 @@ def convert_official_block(
         CheckpointError: If a key is unknown or missing, or a shape does not fit
             the others; it is named.
     """
-    layer = _empty_layer(state_dict)
-    source = 'conv' if isinstance(layer, nn.Conv2d) else ''
-    state = _renamed(state_dict, [
-        Part(source, 'conv', layer),
-        Part('bn', 'bn', nn.BatchNorm2d(layer.out_channels, device='meta')),
-    ], 'authors', 'the rest of the block')
+    conv = _empty_layer(state_dict)
+    block = nn.ModuleDict({'conv': conv, 'bn': nn.BatchNorm2d(conv.out_channels, device='meta')})
+    # a plain convolution stands beside its BN, a layer with branches around it
+    inner = '' if isinstance(conv, nn.Conv2d) else 'conv.'
+    state = _renamed(state_dict, block, lambda key: key.removeprefix(inner),
+                     'the rest of the block')
     conv, bn = ({key.removeprefix(prefix): value for key, value in state.items()
                  if key.startswith(prefix)} for prefix in ('conv.', 'bn.'))
     return conv, bn
@@ -66,8 +67,8 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tens
         `OREPAResNeXt` or `OREPARepVGG`, and `head.fc.*`. The tensors are not copied.
 
     Raises:
-        CheckpointError: If it is no such checkpoint, a key is unknown or
-            missing, or a shape does not fit; it is named.
+        CheckpointError: As of `read_classifier`, or if it is in our names already.
+        ImportError: As of `build_backbone`.
     """
     if training_form_of(model_state_dict(checkpoint)) == 'ours':
         raise CheckpointError('this has our names and is in training form already: there is '
@@ -88,8 +89,9 @@ def read_classifier(checkpoint: Mapping[str, Any]) -> tuple[Architecture, dict[s
         shapes that this network has. The tensors are not copied.
 
     Raises:
-        CheckpointError: If it is no such classifier, a key is unknown or
-            missing, or a shape does not fit; it is named.
+        CheckpointError: If it is no such classifier, a key is unknown or missing,
+            a shape does not fit, or a constant is not the layer's; it is named.
+        ImportError: As of `build_backbone`.
     """
     state = model_state_dict(checkpoint)
     form = training_form_of(state)
@@ -99,7 +101,8 @@ def read_classifier(checkpoint: Mapping[str, Any]) -> tuple[Architecture, dict[s
         raise CheckpointError(f'the checkpoint has an unknown key {others[0]}, which is no tensor')
     try:
         architecture = recognize_architecture(state)
-        return architecture, _renamed(state, network_parts(architecture), form, architecture.name)
+        return architecture, _renamed(state, _classifier(architecture), partial(key_in, form),
+                                      architecture.name)
     except CheckpointError as error:
         if form == 'authors':
             raise
@@ -108,37 +111,51 @@ def read_classifier(checkpoint: Mapping[str, Any]) -> tuple[Architecture, dict[s
             'with its config: tools/reparam.py CONFIG CHECKPOINT') from error
 
 
-def _renamed(state: Mapping[str, Tensor], parts: Iterable[Part], form: str, whole: str
-             ) -> dict[str, Tensor]:
-    """The tensors in our names, if they are exactly those of `parts`.
+def _classifier(architecture: Architecture) -> nn.Module:
+    """A network with its head, without values, in our names."""
+    backbone = build_backbone(architecture)
+    features = [norm.num_features for norm in backbone.modules()
+                if isinstance(norm, nn.BatchNorm2d)][-1]
+    fc = nn.Linear(features, architecture.num_classes, device='meta')
+    return nn.ModuleDict({'backbone': backbone, 'head': nn.ModuleDict({'fc': fc})})
 
-    `form` says which of its names a part goes by in `state`; `whole` is what
-    asks for the shapes, for an error.
+
+def _renamed(state: Mapping[str, Tensor], model: nn.Module, named: Callable[[str], str], whole: str
+             ) -> dict[str, Tensor]:
+    """The tensors in our names, if they are exactly those of `model`.
+
+    `model` has no values. `named` says what a key of it is called in `state`, and
+    `whole` what asks for the shapes, for an error. The layers' constants, which older
+    files and the authors' hold, may be in `state`, and are left out.
     """
-    renamed: dict[str, Tensor] = {}
-    expected, missing, misfits = set(), [], []
-    for part in parts:
-        source = getattr(part, form)
-        shapes = {f'{source}.{key}' if source else key: (f'{part.ours}.{key}', tensor.shape)
-                  for key, tensor in part.layer.state_dict().items()}
-        expected |= shapes.keys()
-        absent = [key for key in shapes if key not in state]
-        all_of_it = source and len(absent) == len(shapes) > 1
-        missing += [f'{source}.*'] if all_of_it else absent
-        for key, (name, shape) in shapes.items():
-            if key in state:
-                renamed[name] = state[key]
-                if state[key].shape != shape:
-                    misfits.append(f'{key} has the shape {tuple(state[key].shape)}, where {whole} '
-                                   f'asks for {tuple(shape)}')
-    unknown = sorted(state.keys() - expected)
+    tensors = {named(key): (key, tensor) for key, tensor in model.state_dict().items()}
+    known = {**{named(key): (key, tensor) for key, tensor in model.named_buffers()}, **tensors}
+    unknown = sorted(state.keys() - known.keys())
     if unknown:
         raise CheckpointError(f'the checkpoint has an unknown key {shortened(unknown)}')
+    missing = []
+    for layer, keys in groupby(tensors, lambda key: key.rpartition('.')[0]):
+        keys = list(keys)
+        absent = [key for key in keys if key not in state]
+        missing += [f'{layer}.*'] if layer and len(absent) == len(keys) > 1 else absent
     if missing:
         raise CheckpointError(f'the checkpoint has no key {shortened(missing)}: it is truncated')
-    if misfits:
-        raise CheckpointError(misfits[0])
-    return renamed
+    for source, value in state.items():
+        tensor = known[source][1]
+        if value.shape != tensor.shape:
+            raise CheckpointError(f'{source} has the shape {tuple(value.shape)}, where {whole} '
+                                  f'asks for {tuple(tensor.shape)}')
+        if tensor.is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f'{source} is of type {value.dtype}, where {whole} asks for '
+                                  'floating numbers')
+        if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
+            raise CheckpointError(f'{source} holds values that are not finite (NaN or Inf)')
+    try:  # the layers compare the constants' values with their own
+        model.to_empty(device='cpu').load_state_dict(
+            {known[source][0]: value for source, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(str(error)) from error
+    return {key: state[source] for source, (key, _) in tensors.items()}
 
 
 def _empty_layer(block: Mapping[str, Tensor]) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
@@ -22,6 +24,9 @@ from torch import nn
 from ..checkpoints import load_weights
 from ..datasets import apply_data_root
 from ..errors import ConfigError
+from .built_layers import log_built_layers
+from .checkpoint_hook import use_whole_checkpoints
+from .resume import checkpoint_folders, newest_checkpoint
 
 #: What merges the predictions on augmented images where a config does not say.
 _FLIP_TTA = {
@@ -58,7 +63,8 @@ def load_config(args: argparse.Namespace) -> Config:
         args: Parsed arguments of `add_config_arguments`.
 
     Returns:
-        The config, its work folder set and its custom modules imported.
+        The config, its work folder set and its custom modules imported. Where it
+        imports this package, checkpoints are written by `WholeCheckpointHook`.
 
     Raises:
         FileNotFoundError: If there is no such config file.
@@ -67,6 +73,7 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(find_config(args.config))
     cfg.launcher = args.launcher
+    use_whole_checkpoints(cfg)  # before the options: they may ask for the stock hook
     options = args.cfg_options or {}
     cfg.merge_from_dict(options)
     if args.data_root is not None:
@@ -104,12 +111,32 @@ def find_config(name: str) -> Path:
 def build_runner(cfg: Config) -> Runner:
     """Build the runner of a config; on the CPU, distributed runs work as well.
 
+    The log says how many convolutions are re-parameterizable. A runner that is
+    to resume without being told from where takes the newest whole checkpoint.
+
     Args:
         cfg: From `load_config`.
+
+    Raises:
+        CheckpointError: See `newest_checkpoint`.
     """
+    if (cfg.get('randomness') or {}).get('deterministic'):
+        # cuBLAS reads it when CUDA starts; without it PyTorch refuses to multiply matrices
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _prepare_cpu_processes(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    model = bare_model(runner)
+    if isinstance(model, nn.Module):  # a FlexibleRunner builds it later
+        log_built_layers(model, cfg.model)
+    if cfg.get('resume') and not cfg.get('load_from'):
+        path, problem = on_main_process(
+            lambda: newest_checkpoint(runner.work_dir, checkpoint_folders(runner)))
+        if problem:
+            print_log(f'{problem}: going on from {path}, the newest whole checkpoint', 'current',
+                      logging.WARNING)
+        runner._load_from = path  # MMEngine would take what last_checkpoint names, unseen
+    return runner
 
 
 def build_test_runner(cfg: Config, checkpoint: str | Path) -> Runner:

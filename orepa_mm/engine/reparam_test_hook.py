@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import BaseTTAModel
 from mmengine.registry import HOOKS
@@ -36,14 +37,15 @@ class ReparamTestHook(Hook):
     weights that are trained are right, a checkpoint of them can be converted
     anew, and hours of training are worth more than a wrong number in the log.
 
-    Needed while it runs: memory for one more model, and for four during the
-    comparison.
+    Needed while it runs: memory for one more model, and for two beside it
+    during the comparison.
 
     Args:
         verify_batches: How many batches of each validation both forms are
             compared on; 0 for none. Negative or no integer is an error.
-        stop_on_difference: Raise where the forms differ or cannot be compared,
-            instead of logging an error.
+        stop_on_difference: Stop where the forms differ or cannot be compared,
+            instead of only logging an error: at the end of that validation, in
+            all processes, whichever of them saw it.
 
     Raises:
         ValueError: If `verify_batches` is no number of batches.
@@ -67,6 +69,8 @@ class ReparamTestHook(Hook):
         #: While a copy is in its place: the runner's model, and what is in its wrappers.
         self._training_model: nn.Module | None = None
         self._before: nn.Module | None = None
+        #: What the comparisons of this validation found wrong, in this process.
+        self._complaints: list[str] = []
 
     # --- before anything is trained ------------------------------------------
 
@@ -161,8 +165,13 @@ class ReparamTestHook(Hook):
         Args:
             runner: The runner.
             metrics: Of the deployed form; not used.
+
+        Raises:
+            VerificationError: With `stop_on_difference`, if outputs differed or
+                could not be compared in any process.
         """
         self._put_back(runner)
+        self._stop_if_asked_for()
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """As `after_val_epoch`.
@@ -170,8 +179,11 @@ class ReparamTestHook(Hook):
         Args:
             runner: The runner.
             metrics: Of the deployed form; not used.
+
+        Raises:
+            VerificationError: See `after_val_epoch`.
         """
-        self._put_back(runner)
+        self.after_val_epoch(runner, metrics)
 
     def _put_copy(self, runner: Runner) -> None:
         if not self._enabled:
@@ -180,6 +192,7 @@ class ReparamTestHook(Hook):
             # Takes off the wrapper of a distributed run, which is for gradients only.
             deployed = reparameterize(runner.model)
         self._training_model, self._before = runner.model, bare_model(runner)
+        self._complaints = []
         runner.model = deployed
 
     def _put_back(self, runner: Runner) -> None:
@@ -197,10 +210,6 @@ class ReparamTestHook(Hook):
             runner: The runner, its model in deploy form.
             batch_idx: Number of the batch in this validation.
             data_batch: What the data loader gave; not changed.
-
-        Raises:
-            VerificationError: With `stop_on_difference`, if outputs differ or
-                could not be compared.
         """
         if self._training_model is not None and batch_idx < self.verify_batches:
             self._compare(runner, batch_idx, data_batch)
@@ -213,14 +222,11 @@ class ReparamTestHook(Hook):
             runner: The runner, its model in deploy form.
             batch_idx: Number of the batch in this test.
             data_batch: What the data loader gave; not changed.
-
-        Raises:
-            VerificationError: See `before_val_iter`.
         """
         self.before_val_iter(runner, batch_idx, data_batch)
 
     def _compare(self, runner: Runner, batch_idx: int, data_batch: Any) -> None:
-        before, after, cause = self._before, bare_model(runner), None
+        before, after = self._before, bare_model(runner)
         try:
             if isinstance(runner.model, BaseTTAModel):  # the first of the augmentations
                 data_batch = {key: value[0] for key, value in data_batch.items()}
@@ -232,17 +238,27 @@ class ReparamTestHook(Hook):
                 runner.logger.info('training and deployed form agree on batch '
                                    f'{batch_idx}: {_largest_errors(report)}')
                 return
-            message = ('THE DEPLOYED FORM DIFFERS from the training form on batch '
-                       f'{batch_idx}, do not trust the metrics of this epoch.\n'
-                       f'{report.explain()}')
+            self._complain(runner, 'THE DEPLOYED FORM DIFFERS from the training form on batch '
+                           f'{batch_idx}, do not trust the metrics of this epoch.\n'
+                           f'{report.explain()}')
         except Exception as error:  # whatever a model does with it: only the check is lost
-            cause = error
-            message = ('THE DEPLOYED FORM COULD NOT BE COMPARED with the training form on batch '
-                       f'{batch_idx}: {type(error).__name__}: {error}\n'
-                       'verify_batches=0 switches the comparison off.')
-        if self.stop_on_difference:
-            raise VerificationError(message) from cause
-        runner.logger.error(message)
+            self._complain(runner, 'THE DEPLOYED FORM COULD NOT BE COMPARED with the training '
+                           f'form on batch {batch_idx}: {type(error).__name__}: {error}\n'
+                           'verify_batches=0 switches the comparison off.', exc_info=True)
+
+    def _complain(self, runner: Runner, message: str, exc_info: bool = False) -> None:
+        runner.logger.error(message, exc_info=exc_info)
+        self._complaints.append(message)
+
+    def _stop_if_asked_for(self) -> None:
+        """Raise in all processes, if one has reason to: the others would wait for it."""
+        if not (self._enabled and self.stop_on_difference):
+            return
+        found = all_gather_object(self._complaints)
+        messages = [complaint if len(found) == 1 else f'process {rank}: {complaint}'
+                    for rank, complaints in enumerate(found) for complaint in complaints]
+        if messages:
+            raise VerificationError('\n'.join(messages))
 
 
 def without_reparam_test(cfg: Config) -> Config:

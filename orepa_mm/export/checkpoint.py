@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints import (
     PUBLISHED,
@@ -18,6 +17,7 @@ from ..checkpoints import (
     read_classifier,
     recognize_architecture,
 )
+from ..checkpoints.architectures import build_backbone
 from ..errors import CheckpointError
 from ..files import written_whole
 from ..reparam import reparameterize
@@ -25,8 +25,6 @@ from ..version import __version__
 
 #: What a checkpoint can be converted to, and the name of the result in its `meta`.
 CONVERTED_FORMS = {'training': 'training', 'deploy': 'plain', 'torchvision': 'torchvision'}
-#: The packages whose backbones are tried, in this order; one of them has RepVGG.
-_PACKAGES = ('mmpretrain', 'mmdet', 'mmseg')
 
 
 @dataclass(frozen=True)
@@ -126,31 +124,6 @@ def deployed_state_dict(architecture: Architecture, state_dict: Mapping[str, Ten
     stock = reparameterize(backbone, inplace=True).state_dict()
     return {**{prefix + key: value for key, value in stock.items()},
             **{key: value for key, value in state_dict.items() if not key.startswith(prefix)}}
-
-
-def build_backbone(architecture: Architecture) -> nn.Module:
-    """Build a network's backbone in training form, with the first package that has it.
-
-    Args:
-        architecture: The network.
-
-    Returns:
-        The backbone, at random values.
-
-    Raises:
-        ImportError: If no such package is installed.
-    """
-    name = architecture.backbone['type']
-    reasons = []
-    for package in _PACKAGES[:1] if name == 'OREPARepVGG' else _PACKAGES:
-        cfg = {**architecture.backbone, 'type': f'{package}.{name}'}
-        if package != 'mmpretrain' and 'width_per_group' in cfg:
-            cfg['base_width'] = cfg.pop('width_per_group')
-        try:
-            return MODELS.build(cfg)
-        except ImportError as error:
-            reasons.append(str(error))
-    raise ImportError('; '.join(reasons))
 
 
 def _require_architecture(found: Architecture, name: str | None) -> None:

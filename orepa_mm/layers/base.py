@@ -187,8 +187,9 @@ class ReparamConv2d(WithConstants, ABC):
                    ) -> float:
         """Let the block generate a given kernel, through its origin branch.
 
-        All other branches stay as they are. Computed in float64; what the
-        rounding of the branches to their dtype leaves is corrected once.
+        All other branches stay as they are. Computed in float64, then rounded to
+        the dtype of the branches; what that leaves is corrected once, as far as
+        other values can make up for it (in a stem they can).
 
         Args:
             kernel: `(o, i, k, k)`, any dtype and device.

@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import squeeze
 from .base import ReparamConv2d
+from .constants import WithConstants
 from .precision import exact_products
 
 
@@ -179,20 +180,27 @@ class _Branch(_BranchConv2d):
     """
 
 
-class _IdentityConv1x1(_BranchConv2d):
+class _IdentityConv1x1(WithConstants, _BranchConv2d):
     """A 1 x 1 convolution whose kernel is added to the identity."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        identity = squeeze.identity_pointwise(*self.weight.shape[:2])
-        self.register_buffer('identity', identity.to(self.weight), persistent=False)
+    def __init__(self, *args: object, device: object = None, dtype: torch.dtype | None = None,
+                 **kwargs: object) -> None:
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        self._factory_kwargs = {'device': device, 'dtype': dtype}
+        self._register_constants()
+
+    def _reference(self) -> Tensor:
+        return self.weight
+
+    def _make_constants(self) -> dict[str, Tensor]:
+        return {'identity': squeeze.identity_pointwise(*self.weight.shape[:2])}
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
     @property
     def kernel(self) -> Tensor:
-        return self.weight + self.identity
+        return self.weight + self.identity.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel, groups=self.groups)

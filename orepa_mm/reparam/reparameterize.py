@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -183,25 +181,17 @@ def _bias_into_norm(model: nn.Module) -> None:
 
 
 def _unwrap_inside(model: nn.Module) -> None:
-    """Take wrappers off all children, and wrapped methods off all modules, in place.
+    """Take wrappers off all children, and compiled methods off all modules, in place.
 
-    `torch.compile` and FairScale's activation checkpointing put a function
-    that holds on to its module before the class's method: in a copy it would
-    go on calling the original.
+    A compiled method holds on to its module: in a copy it would go on calling the original.
     """
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if child is not None:
                 module._modules[name] = unwrapped(child)
         for name, value in list(vars(module).items()):
-            if hasattr(type(module), name) and _holds_its_module(value):
+            if hasattr(type(module), name) and hasattr(value, '_torchdynamo_orig_callable'):
                 delattr(module, name)
-
-
-def _holds_its_module(function: object) -> bool:
-    return hasattr(function, '_torchdynamo_orig_callable') or (
-        isinstance(function, functools.partial)
-        and any(isinstance(argument, weakref.ref) for argument in function.args))
 
 
 def _is_converted(module: nn.Module) -> bool:

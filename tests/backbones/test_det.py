@@ -38,6 +38,25 @@ def test_blocks_by_kernel_size():
     assert not convolutions
 
 
+def test_blocks_start_as_published_unless_a_rule_is_given():
+    """The stock class has a rule for `Conv2d` of its own, which is for its plain ones."""
+    def initialised(**kwargs):
+        backbone = OREPAResNet(depth=18, base_channels=32, **kwargs)
+        backbone.init_weights()
+        return backbone
+
+    backbone = initialised()
+    block = backbone.layer1[0].conv1
+    bound = block.weight_orepa_origin.abs().max().item()
+    assert bound == pytest.approx((6 / (32 * 9)) ** 0.5, rel=0.02)
+    assert block.vector[:, 0].tolist() == [0.25, 0.25, 0.0, 0.5, 1.0, 0.5]
+    plain = backbone.layer2[0].downsample[0].weight  # the stock rule: normal, fan out
+    assert plain.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
+    own = initialised(init_cfg=dict(type='Normal', layer='Conv2d', std=0.01))
+    for layer in (own.layer1[0].conv1, own.conv1, own.layer2[0].downsample[0]):
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
 def test_deformable_convolutions_stay_the_others_do_not():
     block = OREPAResNet(**DEFORMABLE).layer2[0]
     assert type(block.conv2).__name__ == 'ModulatedDeformConv2dPack'

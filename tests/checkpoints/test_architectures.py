@@ -1,17 +1,18 @@
 """What a checkpoint holds: the network, recognised from keys and shapes, or another form."""
 
-import json
-
 import pytest
 import torch
-from helpers import GOLDEN, golden, needs_golden
+from helpers import golden, needs_golden, official_keys
+from mmengine.registry import MODELS
 
 from orepa_mm.checkpoints import (
     PUBLISHED,
+    Architecture,
     convert_official_state_dict,
     read_classifier,
     recognize_architecture,
 )
+from orepa_mm.checkpoints.architectures import build_backbone
 from orepa_mm.errors import CheckpointError
 
 NARROW = {
@@ -27,6 +28,10 @@ NARROW = {
             num_blocks=[1, 2, 1, 1], width_factor=[0.125] * 4, group_layer_map=None, se_cfg=None,
             stem_channels=8))),
 }
+
+PACKAGES = ('mmpretrain', 'mmdet', 'mmseg')
+#: What the authors' files hold beside weights: buffers of the blocks that never change.
+CONSTANTS = ('.id_tensor', '_avg_avg', '_prior')
 
 
 def resnet_config(depth, channels):
@@ -48,8 +53,7 @@ RELEASED = {
 
 def released(name):
     """A released checkpoint without its numbers."""
-    shapes = json.loads((GOLDEN / 'official_checkpoint_keys.json').read_text())[name]
-    return {key: torch.empty(shape, device='meta') for key, shape in shapes.items()}
+    return {key: torch.empty(shape, device='meta') for key, shape in official_keys()[name].items()}
 
 
 def widened(state, factor):
@@ -59,7 +63,6 @@ def widened(state, factor):
                              device='meta') for key, value in state.items()}
 
 
-@needs_golden
 @pytest.mark.parametrize('wrap', [lambda state: state, lambda state: {
     'state_dict': {f'module.{key}': value for key, value in state.items()}, 'epoch': 120,
 }], ids=['bare', 'under state_dict'])
@@ -70,7 +73,7 @@ def test_released_checkpoints(name, wrap):
     assert (architecture.name, architecture.num_classes) == (name, 1000)
     assert architecture.backbone == RELEASED[name]
     assert name in PUBLISHED
-    assert len(converted) == len(state)
+    assert len(converted) == len([key for key in state if not key.endswith(CONSTANTS)])
     assert {key.partition('.')[0] for key in converted} == {'backbone', 'head'}
     # the same network is recognised in our names, and read as it is
     assert read_classifier(converted) == (architecture, converted)
@@ -96,11 +99,79 @@ def test_widths_of_resnet_18(factor, name, channels):
     assert architecture.backbone == resnet_config(18, channels)
 
 
-@needs_golden
 def test_a_number_of_classes_other_than_imagenets():
     state = released('RepVGG-A1')
     state['linear.weight'], state['linear.bias'] = torch.zeros(7, 1280), torch.zeros(7)
     assert read_classifier(state)[0].num_classes == 7
+
+
+# --- built ------------------------------------------------------------------
+
+@pytest.mark.parametrize('config', [*(resnet_config(depth, 8) for depth in (18, 34, 50, 101, 152)),
+                                    *(dict(type='OREPARepVGG', arch=arch) for arch in (
+                                        'A0', 'A1', 'A2', 'B0', 'B1', 'B2', 'B3'))],
+                         ids=lambda config: str(config.get('depth', config.get('arch'))))
+def test_every_stock_depth_is_recognized_as_what_it_is(config):
+    """The tables of blocks and widths here against the stock classes' own."""
+    backbone = build_backbone(Architecture('', config, 3)).state_dict()
+    state = {f'backbone.{key}': value for key, value in backbone.items()}
+    assert all(value.is_meta for value in state.values())
+    *_, features = (value.numel() for key, value in state.items() if key.endswith('running_var'))
+    state |= {'head.fc.weight': torch.zeros(3, features), 'head.fc.bias': torch.zeros(3)}
+    architecture, converted = read_classifier(state)
+    assert architecture.backbone == config
+    assert converted == state
+
+
+def test_a_package_is_imported_before_the_meta_device_is_set(monkeypatch):
+    """MMCV makes tensors while it is imported, which everybody uses later."""
+    get, devices = MODELS.get, []
+
+    def recorded(name):
+        devices.append(torch.empty(0).device.type)
+        return get(name)
+
+    monkeypatch.setattr(MODELS, 'get', recorded)
+    build_backbone(Architecture('', resnet_config(18, 8), 3))
+    assert devices[0] == 'cpu'
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Let a backbone of some packages fail as it does where they are not installed."""
+    def miss(name, packages):
+        for package in packages:
+            def fail(package=package, **kwargs):
+                raise ImportError(f'{package} is not installed')
+
+            MODELS.get(f'{package}.{name}')  # now, or loading the package later puts it back
+            monkeypatch.setitem(MODELS.children[package].module_dict, name, fail)
+    return miss
+
+
+@needs_golden
+@pytest.mark.parametrize('package', PACKAGES)
+def test_the_first_package_that_is_there(missing, package):
+    """A ResNeXt, whose arguments differ."""
+    missing('OREPAResNeXt', PACKAGES[:PACKAGES.index(package)])
+    architecture, state = read_classifier(golden('net_resnext50_narrow')['state_dict'])
+    backbone = build_backbone(architecture)
+    assert isinstance(backbone, MODELS.get(f'{package}.ResNeXt'))
+    assert {f'backbone.{key}': value.shape for key, value in backbone.state_dict().items()} == {
+        key: value.shape for key, value in state.items() if not key.startswith('head.')}
+
+
+@needs_golden
+@pytest.mark.parametrize(('name', 'kind', 'packages'), [
+    ('net_resnet18_narrow', 'OREPAResNet', PACKAGES),
+    ('net_repvgg_narrow', 'OREPARepVGG', PACKAGES[:1])])
+def test_without_any_package(missing, name, kind, packages):
+    missing(kind, packages)
+    state = golden(name)['state_dict']
+    assert recognize_architecture(state).name == NARROW[name][0]
+    with pytest.raises(ImportError, match='; '.join(
+            f'{package} is not installed' for package in packages)):
+        convert_official_state_dict(state)
 
 
 # --- truncated --------------------------------------------------------------
@@ -109,7 +180,6 @@ def without(state, *prefixes):
     return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
 
-@needs_golden
 @pytest.mark.parametrize(('name', 'prefixes', 'message'), [
     ('ResNet-18', ['stage4.1.'], r'\(2, 2, 2, 1\) blocks .*a ResNet-18 has .* no stage4\.1\.\*'),
     ('ResNet-50', ['stage4.', 'linear.'], r'\(3, 4, 6, 0\) .*ResNet-50 .* no stage4\.0\.\*, '
@@ -119,7 +189,8 @@ def without(state, *prefixes):
     ('RepVGG-A2', ['stage4.', 'linear.'], r'RepVGG-A2 .* no stage4\.0\.\*'),
     ('ResNet-18', ['stage2.0.'], r'no key stage2\.0\.conv1\.\*, stage2\.0\.conv1\.bn\.\*, .* and '
      r'1 more: it is truncated'),
-    ('RepVGG-A1', ['stage2.1.'], r'no key stage2\.1\.rbr_dense\.\*, .*: it is truncated'),
+    ('RepVGG-A1', ['stage2.1.'], r'no key stage2\.1\.rbr_identity\.\*, '
+     r'stage2\.1\.rbr_dense\.\*, .*: it is truncated'),
     ('RepVGG-A1', ['stage2.0.'], r'no key stage2\.0\.rbr_dense\.weight_rbr_origin: it is trunc'),
     ('ResNeXt-50', ['stage0.'], r'no key stage0\.conv1\.weight0\.weight_orepa_origin: it is trunc'),
     ('RepVGG-A1', ['linear.'], r'no key linear\.weight: it is truncated'),
@@ -129,7 +200,6 @@ def test_missing_blocks_are_named(name, prefixes, message):
         read_classifier(without(released(name), *prefixes))
 
 
-@needs_golden
 def test_a_shorter_repvgg_is_one_only_if_it_was_trained_here():
     converted = convert_official_state_dict(released('RepVGG-A1'))
     architecture, _ = read_classifier(without(converted, 'backbone.stage_3.13.'))
@@ -138,7 +208,6 @@ def test_a_shorter_repvgg_is_one_only_if_it_was_trained_here():
         read_classifier(without(converted, 'backbone.stage_4.'))
 
 
-@needs_golden
 def test_a_shape_that_tells_nothing():
     state = released('ResNet-18')
     for shape in ((), (0, 3, 3, 3)):
@@ -147,7 +216,6 @@ def test_a_shape_that_tells_nothing():
             read_classifier(state)
 
 
-@needs_golden
 def test_a_block_count_that_no_resnet_has():
     state = released('ResNet-18')
     more = {key.replace('stage1.1.', 'stage1.40.'): value for key, value in state.items()
@@ -192,7 +260,6 @@ def test_other_forms_are_told_by_name(read, shapes, message):
         read({key: torch.zeros(shape) for key, shape in shapes.items()})
 
 
-@needs_golden
 def test_our_training_form_needs_no_conversion():
     converted = convert_official_state_dict(released('ResNet-18'))
     with pytest.raises(CheckpointError, match='training form already: there is nothing to do'):

@@ -8,7 +8,7 @@ import torch
 from helpers import golden, needs_golden, randomize
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.runner import load_checkpoint
+from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint_to_model, load_state_dict
 
 from orepa_mm.checkpoints import load_weights, require_same_form
@@ -68,12 +68,16 @@ COMMANDS = {'training': 'mim run orepa_mm reparam', 'plain': 'config that lies b
 def test_every_pair_of_forms(backbone, theirs, ours, tmp_path):
     path = tmp_path / 'checkpoint.pth'
     state = weights(backbone, theirs)
-    torch.save({'state_dict': state, 'meta': {}}, path)
+    # a training form is written by the runner, the others by `save_deployed`
+    meta = {} if theirs == 'training' else {'form': theirs}
+    torch.save({'state_dict': dict(state), 'meta': meta}, path)
     model = detector(backbone, ours)
     before = snapshot(model)
     # MMEngine's function behind load_from, init_detector and the inferencers; and our tools'
-    for load in (lambda: load_checkpoint(model, str(path)), lambda: load_weights(model, path),
-                 lambda: mmengine.runner.load_state_dict(model, state)):
+    loads = [lambda: load_checkpoint(model, str(path)), lambda: load_weights(model, path)]
+    if (theirs, ours) != ('folded', 'plain'):  # see below
+        loads.append(lambda: mmengine.runner.load_state_dict(model, state))
+    for load in loads:
         if theirs == ours:
             load()
             assert all(torch.equal(value, state[key])
@@ -85,6 +89,109 @@ def test_every_pair_of_forms(backbone, theirs, ours, tmp_path):
             assert COMMANDS[theirs] in str(error.value)
             assert all(torch.equal(value, before[key])
                        for key, value in model.state_dict().items())
+
+
+def test_a_folded_form_that_does_not_say_so_is_left_to_mmengine():
+    """Its keys may be those of any network without BN."""
+    state = weights('OREPAResNet', 'folded')
+    model = detector('OREPAResNet', 'plain')
+    with pytest.raises(RuntimeError, match='do not match exactly'):
+        load_state_dict(model, state, strict=True)
+    load_state_dict(model, state)
+    assert torch.equal(model.backbone.conv1.weight, state['backbone.conv1.weight'])
+
+
+def test_a_form_that_is_named_but_fits_loads(tmp_path):
+    """Where there was no BN to fold, the folded form is the plain one."""
+    state = weights('OREPARepVGG', 'plain')
+    torch.save({'state_dict': state, 'meta': {'form': 'folded'}}, tmp_path / 'model.pth')
+    for load in (lambda model, path: load_checkpoint(model, str(path)), load_weights):
+        model = detector('OREPARepVGG', 'plain')
+        load(model, tmp_path / 'model.pth')
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def unrelated():
+    """A small stock network; and one with one more convolution and BN."""
+    def conv(bias):
+        return torch.nn.Conv2d(3, 3, 3, padding=1, bias=bias)
+    old = torch.nn.Sequential(conv(True), torch.nn.ReLU(), conv(True))
+    new = torch.nn.Sequential(conv(False), torch.nn.BatchNorm2d(3), conv(True),
+                              torch.nn.Sequential(conv(False), torch.nn.BatchNorm2d(3)))
+    return old, new
+
+
+@pytest.mark.parametrize('with_metadata', [True, False])
+def test_nothing_changes_without_our_layers(with_metadata, tmp_path):
+    """Fine-tuning with a BN where there was none; stock MMEngine is the oracle."""
+    stock = load_state_dict.__wrapped__
+    for source, target in (unrelated(), unrelated()[::-1]):
+        state = source.state_dict()
+        torch.save({'state_dict': state if with_metadata else dict(state)}, tmp_path / 'model.pth')
+        expected = copy.deepcopy(target)
+        stock(expected, state, strict=False)
+        load_checkpoint(target, str(tmp_path / 'model.pth'), strict=False)
+        assert all(torch.equal(value, expected.state_dict()[key])
+                   for key, value in target.state_dict().items())
+        assert torch.equal(target[0].weight, source[0].weight)
+        with pytest.raises(RuntimeError, match='do not match exactly'):
+            load_state_dict(target, state, strict=True)
+
+
+def a_part(state, layer, keep):
+    return {key: value for key, value in state.items()
+            if not key.startswith(f'{layer}.') or keep(key)}
+
+
+@pytest.mark.parametrize(('backbone', 'layer', 'lost'), [
+    ('OREPAResNet', 'backbone.layer1.0.conv1', 'weight_orepa_gconv_dw'),
+    ('OREPAResNet', 'backbone.layer2.1.conv2', 'vector'),
+    ('OREPAResNet', 'backbone.conv1', 'weight1.weight_orepa_origin'),
+    ('DBBResNet', 'backbone.layer1.0.conv1', 'dbb_1x1_kxk.bn2.running_var'),
+    ('OREPARepVGG', 'backbone.stage_1.0.branch_3x3.conv', 'weight_rbr_avg_conv'),
+])
+def test_a_part_of_a_layer_is_refused_at_every_door(backbone, layer, lost, tmp_path):
+    model = detector(backbone, 'training')
+    state = weights(backbone, 'training')
+    key = f'{layer}.{lost}'
+    spoilt = {'missing': {k: v for k, v in state.items() if k != key},
+              'misshapen': {**state, key: state[key][:-1]},
+              'alone': a_part(state, layer, lambda k: k == key)}
+    before = snapshot(model)
+    for name, part in spoilt.items():
+        torch.save({'state_dict': part}, tmp_path / f'{name}.pth')
+        path = str(tmp_path / f'{name}.pth')
+        for load in (lambda path=path: load_checkpoint(model, path),
+                     lambda path=path: load_checkpoint(model, path, strict=True),
+                     lambda path=path: load_weights(model, path),
+                     lambda part=part: mmengine.runner.load_state_dict(model, part)):
+            with pytest.raises(CheckpointError, match=f'only a part of {layer},') as error:
+                load()
+            assert (f'{key}' in str(error.value)) == (name != 'alone')
+    assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())
+
+
+def test_load_from_of_a_runner(tmp_path):
+    state = weights('OREPAResNet', 'training')
+    del state['backbone.layer1.0.conv1.weight_orepa_1x1']
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'part.pth')
+    runner = Runner(detector('OREPAResNet', 'training'), str(tmp_path / 'work'),
+                    load_from=str(tmp_path / 'part.pth'), default_scope='mmdet')
+    with pytest.raises(CheckpointError, match=r'layer1\.0\.conv1\.weight_orepa_1x1'):
+        runner.load_or_resume()
+
+
+def test_older_files_and_files_without_counters_load():
+    state = weights('DBBResNet', 'training')
+    require_same_form(detector('DBBResNet', 'training'),
+                      {k: v for k, v in state.items() if 'num_batches_tracked' not in k})
+    state = weights('OREPAResNet', 'training')
+    constants = {key: value for key, value in detector('OREPAResNet', 'training').named_buffers()
+                 if key not in state}
+    assert constants
+    model = detector('OREPAResNet', 'training')
+    load_state_dict(model, {**state, **constants}, strict=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize('prefix', ['backbone.', None])

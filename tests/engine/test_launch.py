@@ -1,13 +1,22 @@
 """From arguments to a config and a runner."""
 
 import argparse
+import os
 
 import pytest
+import torch
 from helpers import ROOT
 from mmengine.config import Config
+from toy_run import toy_config
 
 from orepa_mm.datasets import make_shapes_coco
-from orepa_mm.engine import add_config_arguments, check_pretrained, find_config, load_config
+from orepa_mm.engine import (
+    add_config_arguments,
+    build_runner,
+    check_pretrained,
+    find_config,
+    load_config,
+)
 
 FOLDER = ROOT / 'configs' / 'faster_rcnn'
 LIGHT = FOLDER / 'faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
@@ -67,3 +76,48 @@ def test_missing_pretrained_weights_say_what_to_do():
     cfg.model.neck.init_cfg = dict(type='Pretrained', checkpoint=None)
     check_pretrained(cfg)
     assert cfg.model.backbone.frozen_stages == -1
+
+
+@pytest.mark.parametrize(('name', 'expected'), [
+    ('faster-rcnn_orepa-r50_fpn_1x_coco.py', 'WholeCheckpointHook'),  # inherits the stock hook
+    (LIGHT.name, 'WholeCheckpointHook'),
+])
+def test_checkpoints_are_written_whole(name, expected):
+    cfg = load_config(parse(FOLDER / name))
+    assert cfg.default_hooks.checkpoint.type == expected
+    cfg = load_config(parse(FOLDER / name, '--cfg-options',
+                            'default_hooks.checkpoint.type=CheckpointHook'))
+    assert cfg.default_hooks.checkpoint.type == 'CheckpointHook'  # explicit options win
+
+
+def test_stock_configs_keep_the_stock_hook(tmp_path):
+    """The runner writes its config down: that must not need a package it does not import."""
+    (tmp_path / 'stock.py').write_text("_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'")
+    assert load_config(parse(tmp_path / 'stock.py')).default_hooks.checkpoint.type == (
+        'CheckpointHook')
+
+
+@pytest.mark.parametrize(('before', 'deterministic', 'after'), [
+    (None, True, ':4096:8'), (':16:8', True, ':16:8'), (None, False, None)])
+def test_deterministic_runs_set_what_cublas_needs(tmp_path, monkeypatch, before, deterministic,
+                                                  after):
+    """`torch.use_deterministic_algorithms` refuses CUDA's matrix products without it."""
+    name = 'CUBLAS_WORKSPACE_CONFIG'
+    monkeypatch.setenv(name, before or '')  # so that it is restored
+    if before is None:
+        monkeypatch.delenv(name)
+    cfg = toy_config(tmp_path, experiment_name=f'deterministic-{before}-{deterministic}')
+    cfg.randomness = dict(seed=0, deterministic=deterministic)
+    try:
+        build_runner(cfg)
+        assert os.environ.get(name) == after
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+
+
+def test_the_log_says_what_was_built(tmp_path):
+    build_runner(toy_config(tmp_path, experiment_name='built'))
+    log = next(tmp_path.rglob('*.log')).read_text()
+    assert 'INFO - 0 of 0 convolutions are re-parameterizable' in log

@@ -340,6 +340,7 @@ def test_a_comparison_that_fails_is_loud_and_costs_nothing(tmp_path, monkeypatch
     error, _ = log_of(tmp_path / 'on', 'ERROR')
     assert 'COULD NOT BE COMPARED' in error
     assert 'TypeError: no such input' in error
+    assert 'Traceback' in error
     with pytest.raises(VerificationError, match='no such input'):
         build(tmp_path / 'stop', dict(OURS, stop_on_difference=True)).train()
 

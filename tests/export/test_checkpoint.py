@@ -16,7 +16,7 @@ from orepa_mm.checkpoints import (
 )
 from orepa_mm.errors import CheckpointError
 from orepa_mm.export import Conversion, convert_checkpoint_file
-from orepa_mm.export.checkpoint import build_backbone, deployed_state_dict
+from orepa_mm.export.checkpoint import deployed_state_dict
 
 #: The stock network of each narrow one: nothing of this package.
 STOCK = {
@@ -129,37 +129,6 @@ def test_the_weights_given_are_left_alone():
                for key, value in before.items())
 
 
-@needs_golden
-@pytest.mark.parametrize('package', ['mmpretrain', 'mmdet', 'mmseg'])
-def test_the_first_package_that_is_there(monkeypatch, package):
-    """A ResNeXt, whose arguments differ; the packages before it fail as missing ones do."""
-    def missing(**kwargs):
-        raise ImportError('it is not installed')
-
-    packages = ['mmpretrain', 'mmdet', 'mmseg']
-    for other in packages[:packages.index(package)]:
-        monkeypatch.setitem(MODELS.children[other].module_dict, 'OREPAResNeXt', missing)
-    state = convert_official_state_dict(golden('net_resnext50_narrow')['state_dict'])
-    backbone = build_backbone(recognize_architecture(state))
-    assert isinstance(backbone, MODELS.children[package].get('ResNeXt'))
-    backbone.load_state_dict({key.removeprefix('backbone.'): value for key, value in state.items()
-                              if key.startswith('backbone.')}, strict=True)
-
-
-@needs_golden
-@pytest.mark.parametrize(('name', 'kind'), [('net_resnet18_narrow', 'OREPAResNet'),
-                                            ('net_repvgg_narrow', 'OREPARepVGG')])
-def test_without_any_package(monkeypatch, name, kind):
-    def missing(**kwargs):
-        raise ImportError('it is not installed')
-
-    for package in ('mmpretrain', 'mmdet', 'mmseg'):
-        registry = MODELS.children[package]
-        monkeypatch.setitem(registry.module_dict, kind, missing)
-    with pytest.raises(ImportError, match='it is not installed'):
-        build_backbone(recognize_architecture(golden(name)['state_dict']))
-
-
 # --- files ------------------------------------------------------------------
 
 @needs_golden
@@ -170,7 +139,8 @@ def test_file_to_pretrained_weights(saved, tmp_path, wrap):
     network = golden('net_resnet18_narrow')['state_dict']
     target = tmp_path / 'new' / 'ours.pth'
     written = convert_checkpoint_file(saved(wrap(network), 'authors.pth'), target)
-    assert written == Conversion(recognize_architecture(network), 'training', len(network))
+    assert written == Conversion(recognize_architecture(network), 'training',
+                                 len(convert_official_state_dict(network)))
     backbone = MODELS.build(dict(
         type='mmdet.OREPAResNet', depth=18, base_channels=8,
         init_cfg=dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')))
@@ -274,8 +244,8 @@ def test_what_a_user_sees(saved, tmp_path, command):
     source, target = saved(state), tmp_path / 'ours.pth'
     code, output, errors = command(source, target, '--arch', 'RESNET-18, 8 channels wide')
     assert (code, errors) == (0, '')
-    assert f'wrote {target}: ResNet-18, 8 channels wide, training form, {len(state)} tensors' \
-        in output
+    assert (f'wrote {target}: ResNet-18, 8 channels wide, training form, '
+            f'{len(convert_official_state_dict(state))} tensors') in output
     line = f"init_cfg=dict(type='Pretrained', checkpoint='{target}', prefix='backbone.')"
     assert line in output
     assert 'OREPAResNet' in output

@@ -54,6 +54,16 @@ def test_identity_based_branch_starts_at_the_identity():
     assert layer.dbb_origin.conv.weight.std() > 0
 
 
+def test_built_on_the_meta_device_and_loaded(x):
+    """The identity is not in the file: it is made where the parameters come."""
+    source = randomize(DBBConv2d(4, 8, 3, padding=1)).eval()
+    for assign in (True, False):
+        layer = DBBConv2d(4, 8, 3, padding=1, device='meta').eval()
+        layer = layer if assign else layer.to_empty(device=x.device)
+        layer.load_state_dict(source.state_dict(), strict=True, assign=assign)
+        assert torch.equal(layer(x), source(x))
+
+
 def test_its_kernel_cannot_be_set():
     """It is no linear function of the branches: a write into it must not be lost silently."""
     layer = DBBConv2d(4, 8, 3, padding=1).eval()

@@ -264,3 +264,39 @@ def test_state_dict_holds_no_kernel(layer, x):
 def test_checkpoint_of_the_other_form_is_refused(layer):
     with pytest.raises(RuntimeError, match='in training form'):
         layer.load_state_dict(layer.to_conv2d().state_dict(), strict=False)
+
+
+def with_constants(layer):
+    """What an older version, and the authors, saved: the constants as well."""
+    return {**layer.state_dict(), **{name: b.clone() for name, b in layer.named_buffers()
+                                     if not name.endswith('centre')}}
+
+
+@pytest.mark.parametrize('assign', [False, True])
+def test_files_that_hold_the_constants_load(layer, x, assign):
+    state = with_constants(randomize(copy.deepcopy(layer), 1))
+    expected = randomize(copy.deepcopy(layer), 1)(x)
+    assert not any('prior' in name or 'id_tensor' in name for name in layer.state_dict())
+    layer.load_state_dict(state, strict=True, assign=assign)
+    assert torch.equal(layer(x), expected)
+
+
+def test_constants_of_another_definition_are_refused(layer):
+    for name, constant in layer.named_buffers():
+        if not name.endswith('centre'):
+            state = with_constants(layer)
+            state[name] = constant + 0.1
+            with pytest.raises(RuntimeError, match=f'{name} of the checkpoint is not'):
+                layer.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize('case', LAYERS)
+def test_built_on_the_meta_device_and_loaded(case, x):
+    """The constants are not in the file: they are made where the parameters come."""
+    source = randomize(LAYERS[case]())
+    layer = LAYERS[case](device='meta')
+    layer.load_state_dict(source.state_dict(), strict=True, assign=True)
+    assert torch.equal(layer(x), source(x))
+    layer = LAYERS[case](device='meta').to_empty(device=x.device)
+    layer.load_state_dict(source.state_dict(), strict=True)
+    assert torch.equal(layer(x), source(x))

@@ -69,7 +69,13 @@ def test_blocks_that_re_parameterize_themselves(name, conv_cfg, images):
     assert all(p.dtype == torch.float32 for p in deployed.parameters())
     if name == 'RepVGG':
         assert not any(p.requires_grad for p in deployed[1].stage_1[0].parameters())
-    assert any(p.requires_grad for p in deployed.parameters())
+    last = deployed[1].stage_2 if name == 'RepVGG' else deployed[1].stage1
+    assert all(p.requires_grad for p in last.parameters())
+    if conv_cfg is None:  # summed in float64, rounded once
+        exact = copy.deepcopy(foreign).double()
+        exact.switch_to_deploy()
+        assert all(torch.equal(deployed[1].state_dict()[key], value.float())
+                   for key, value in exact.state_dict().items())
     for one, other in zip(outputs(deployed, images), expected):
         assert relative_error(one, other) < 1e-5
     for one, other in zip(outputs(reparameterize(deployed), images), expected):
