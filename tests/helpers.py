@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import gzip
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +18,14 @@ from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, OREPAS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
+#: Numbers of the authors' implementation: blocks, and the keys of their files.
+GOLDEN_DATA = ROOT / 'tests' / 'golden' / 'data'
+#: And their whole networks, 13 MB, which are not in the repository.
 GOLDEN = SHARED / 'golden'
 
 needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f'the golden numbers are not here ({GOLDEN}): '
-    'they come with a development checkout only')
+    not any(GOLDEN.glob('net_*.pt')), reason=f"the authors' whole networks (net_*.pt, 13 MB) are "
+    f'not in {GOLDEN}: they are not part of the repository')
 
 
 #: Begins a script in which orepa_mm cannot be imported.
@@ -36,7 +42,18 @@ runpy.run_path(str(script), run_name='__main__')
 
 
 def golden(name):
-    return torch.load(GOLDEN / f'{name}.pt', weights_only=True)
+    """A record of the authors' implementation: `block_*`, or `net_*` (see `needs_golden`)."""
+    if name.startswith('net_'):
+        return torch.load(GOLDEN / f'{name}.pt', weights_only=True)
+    content = gzip.decompress((GOLDEN_DATA / f'{name}.pt.gz').read_bytes())
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+@functools.cache
+def official_keys():
+    """{network: {key: shape}} of each checkpoint that the authors released."""
+    content = gzip.decompress((GOLDEN_DATA / 'official_checkpoint_keys.json.gz').read_bytes())
+    return json.loads(content)
 
 
 def run(*command, **kwargs):
@@ -48,6 +65,44 @@ def run(*command, **kwargs):
     return output
 
 
+#: Runs the command lines that its argument holds; prints what came of them, as JSON, at the end.
+ONE_AFTER_ANOTHER = '''
+import contextlib, io, json, runpy, sys, traceback
+results = []
+for command in json.loads(sys.argv[1]):
+    output, code, sys.argv = io.StringIO(), 0, command
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_path(command[0], run_name='__main__')
+        except SystemExit as stop:
+            code = stop.code or 0
+            if isinstance(code, str):
+                print(code)
+                code = 1
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    results.append((code, output.getvalue()))
+print()
+print(json.dumps(results))
+'''
+
+
+def run_each(*commands):
+    """Run tools in one process, which saves the imports; exit code and output of each.
+
+    For command lines that end before they leave anything behind: refusals and `-h`.
+    """
+    lines = json.dumps([[str(word) for word in command] for command in commands])
+    return json.loads(run('-c', ONE_AFTER_ANOTHER, lines).splitlines()[-1])
+
+
+def metrics_of_test(work_dir):
+    """What a test tool of any package wrote into its `--work-dir`: {metric: value}."""
+    path, = (path for path in Path(work_dir).glob('*/*.json') if path.parent.name == path.stem)
+    return json.loads(path.read_text())
+
+
 @contextlib.contextmanager
 def on_meta_device():
     """Build models without memory; MMPretrain's ResNet reads values of a `linspace`."""
@@ -56,13 +111,17 @@ def on_meta_device():
         yield
 
 
+#: Where layers and re-parameterization are tested.
+DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
+
+
 def randomize(module, seed=0):
     """Draw all parameters and BN statistics at random: fresh ones hide errors.
 
     The prior's scale starts at 0, a fresh BN at the identity.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    generator = torch.Generator('cpu').manual_seed(seed)
+    with torch.no_grad(), torch.device('cpu'):
         for name, parameter in module.named_parameters():
             spread = 0.5 if parameter.dim() == 1 or name.endswith('vector') else 0.2
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)

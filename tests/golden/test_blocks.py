@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import golden, needs_golden, relative_error
+from helpers import GOLDEN_DATA, golden, relative_error
 from mmpretrain.models.backbones.repvgg import RepVGGBlock
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -10,8 +10,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from orepa_mm.backbones.cls import deploy_repvgg_block
 from orepa_mm.checkpoints import convert_official_block
 from orepa_mm.layers import DBBConv2d, OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
-
-pytestmark = needs_golden
 
 LAYERS = {'OREPA': OREPAConv2d, 'OREPA_1x1': OREPAConv1x1, 'OREPA_LargeConv': OREPAStemConv2d}
 BLOCKS = ['block_orepa_1x1_expand', 'block_orepa_1x1_reduce_s2', 'block_orepa_3x3',
@@ -128,3 +126,10 @@ def test_own_bn_train_output_and_every_gradient(name):
     assert found.keys() == expected.keys()
     for key, grad in expected.items():
         assert relative_error(found[key], grad) < TOLERANCE, key
+
+
+def test_every_stored_block_is_compared():
+    """And a clone stays small."""
+    stored = {path.name.removesuffix('.pt.gz') for path in GOLDEN_DATA.glob('block_*')}
+    assert stored == {*BLOCKS, *OWN_BN}
+    assert sum(path.stat().st_size for path in GOLDEN_DATA.iterdir()) <= 1_200_000
