@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import platform
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -33,6 +36,112 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> Iterator[Path]:
+    """Write the files of a folder elsewhere; they get their place only if nothing fails.
+
+    A kill at any moment leaves the earlier result or the new one, never parts
+    of both:
+
+    - There is no such folder: the new one is renamed.
+    - It holds an earlier result and nothing else: it is renamed aside, and the
+      new one takes its name. Killed between the two renames, it lies beside its
+      name (`.NAME.old-HOST-PID`) and the next call puts it back.
+    - It holds other files, and no earlier result: the new files are renamed into
+      it one by one, in the order of their names.
+    - It holds both, or cannot be renamed (a mount point, the current folder): that
+      is refused at once.
+
+    What killed processes of this machine left beside the folder is removed.
+
+    Args:
+        folder: The folder to be.
+        owned: Tells by its name whether a file belongs to a result. Others that
+            are written are left behind.
+
+    Yields:
+        The temporary folder to write to, empty.
+
+    Raises:
+        FileExistsError: If an earlier result cannot be replaced as a whole.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up(folder)
+    inside = folder.is_dir() and not _is_replaceable(folder, owned)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(folder, 'new'),
+                                      dir=folder if inside else folder.parent))
+    try:
+        yield temporary
+        for path in list(temporary.iterdir()):
+            if not owned(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if inside:
+            for path in sorted(temporary.iterdir()):
+                path.replace(folder / path.name)
+        else:
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
+            old = Path(tempfile.mkdtemp(prefix=_prefix(folder, 'old'), dir=folder.parent))
+            try:
+                if folder.exists():
+                    folder.replace(old)  # onto an empty folder
+                temporary.replace(folder)
+            finally:
+                if not folder.exists() and any(old.iterdir()):
+                    old.replace(folder)
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_replaceable(folder: Path, owned: Callable[[str], bool]) -> bool:
+    """Whether a folder may be renamed; an error if it must be, to replace a result, and may not."""
+    names = sorted(path.name for path in folder.iterdir())
+    result, others = ([name for name in names if owned(name) is kind] for kind in (True, False))
+    fixed = folder.is_mount() or Path.cwd().is_relative_to(folder)
+    if result and (others or fixed):
+        reason = (f'other files as well ({", ".join(others[:3])})' if others
+                  else 'is in use as the current folder or as a mount point')
+        raise FileExistsError(
+            f'{folder} holds an earlier result ({", ".join(result)}) and {reason}: the result '
+            'cannot be replaced as a whole. Delete it, or choose another folder')
+    return not (others or fixed)
+
+
+def _prefix(folder: Path, kind: str) -> str:
+    return f'.{folder.name}.{kind}-{platform.node()}-{os.getpid()}-'
+
+
+def _clean_up(folder: Path) -> None:
+    """Put back a folder that a killed process renamed; remove what such processes left."""
+    pattern = re.compile(re.escape(f'.{folder.name}.') + '(new|old)-'
+                         + re.escape(platform.node()) + r'-(\d+)-')
+    for parent in (folder.parent, folder):
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+            found = pattern.match(path.name)
+            if not found or _is_alive(int(found[2])):
+                continue
+            if found[1] == 'old' and any(path.iterdir()) and not folder.exists():
+                path.replace(folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine runs; where that cannot be told, it does."""
+    if os.name != 'posix':
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sha256(path: str | Path) -> str:

@@ -35,6 +35,8 @@ class ReparamBackboneMixin:
     default_conv_cfg: dict
     #: What keys of the training form end with, and none of the deployed form.
     training_key: str
+    #: How the stages are called, by number.
+    stage_name = 'layer{}'
     #: Whether the stock class has a `deploy` of its own.
     stock_has_deploy = False
 
@@ -76,8 +78,9 @@ class ReparamBackboneMixin:
                           'network, and OREPA has no part in its training. To train with OREPA, '
                           'leave deploy=True out; to go on from re-parameterized weights, load '
                           'them (load_from, init_cfg).', 'current', logging.WARNING)
+            first = not self.is_init  # the stock class does nothing a second time
             super().init_weights()
-            if self.published_init:
+            if first and self.published_init:
                 for layer in reparam_layers(self):
                     layer.reset_parameters()
 
@@ -88,6 +91,18 @@ class ReparamBackboneMixin:
         """
         replace_with_conv2d(self)
         self.deploy = True
+
+    def _freeze_stages(self) -> None:
+        """Freeze as the stock class does; let frozen layers keep their kernel in training."""
+        super()._freeze_stages()
+        if self.frozen_stages < 0:
+            return
+        start = self.stem if hasattr(self, 'stem') else self.conv1
+        start.eval()  # of a 7 x 7 stock classes freeze the parameters only
+        for part in (start, *(getattr(self, self.stage_name.format(number))
+                              for number in range(1, self.frozen_stages + 1))):
+            for layer in reparam_layers(part):
+                layer.frozen = True
 
     def train(self, mode: bool = True) -> ReparamBackboneMixin:
         """Set the mode; returns itself, as the stock class forgets to."""
@@ -122,11 +137,6 @@ class ResNetMixin(ReparamBackboneMixin):
 
     def _stage_conv_cfg(self, conv_cfg: dict | None, **kwargs: Any) -> dict | None:
         return conv_cfg
-
-    def _freeze_stages(self) -> None:
-        super()._freeze_stages()
-        if self.frozen_stages >= 0 and not self.deep_stem:
-            self.conv1.eval()  # lets the frozen stem keep its generated kernel
 
 
 class OREPAMixin(ResNetMixin):

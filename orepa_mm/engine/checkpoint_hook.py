@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class WholeCheckpointHook(CheckpointHook):
             {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best})
 
     def _remove_unfinished(self, runner: Runner) -> None:
-        name = Path(self.filename_tmpl.format('*'))
+        name = Path(re.sub(r'\{[^}]*\}', '*', self.filename_tmpl))
         found = [*Path(self.out_dir).glob(f'.*{name.stem}{_RANDOM}{name.suffix}'),
                  *Path(runner.work_dir).glob(f'.{LAST_CHECKPOINT}{_RANDOM}')]
         for path in found:

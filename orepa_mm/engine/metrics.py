@@ -77,6 +77,30 @@ def changed_metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
     return moved
 
 
+def metrics_at_chance(metrics: Mapping[str, float], classes: int | None) -> bool:
+    """Whether metrics are so low that a network of random weights might reach them.
+
+    Two forms that are equal then prove nothing.
+
+    Args:
+        metrics: Of one form, from `tested_metrics`.
+        classes: Number of classes, if it is known.
+
+    Returns:
+        True if no AP or IoU is above 1 %, and no accuracy above 1 % and one and
+        a half times what a guess among the classes gives.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value) or value < 0:  # marks of COCO: there is no such object
+            continue
+        percent = '/' not in name or name.startswith('accuracy')  # mIoU, aAcc, accuracy/top1
+        is_accuracy = 'acc' in name.lower()
+        guess = 1.5 / classes if classes and is_accuracy else 0.0
+        if value / (100 if percent else 1) > max(0.01, guess):
+            return False
+    return True
+
+
 @contextlib.contextmanager
 def _unrounded(metric: Any) -> Iterator[dict[str, float]]:
     """Note what an `IoUMetric` computes before it rounds, under the names that it gives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,8 +38,10 @@ def deploy_config(cfg: Config, form: str = 'plain') -> Config:
 
     Returns:
         A new config: stock backbone types, `conv_cfg=None` in place of OREPA's,
-        no pretrained weights, and of the plain form nothing that resolves to
-        this package: no import, hook or optimizer constructor.
+        `deploy=True` for blocks of other packages that re-parameterize themselves
+        (`switch_to_deploy`, which `reparameterize` calls), no pretrained weights,
+        and of the plain form nothing that resolves to this package: no import,
+        hook or optimizer constructor.
 
     Raises:
         ConfigError: If something of this package stands where no stock type
@@ -81,7 +84,8 @@ def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
         model: In deploy form.
         cfg: From `deploy_config`.
         folder: Where to write; created if it is missing.
-        meta: Plain types, stored under `meta`.
+        meta: Plain types, stored under `meta`, beside the config as text (`cfg`),
+            from which the inferencers of OpenMMLab build the model.
         safetensors: Write the weights as `model.safetensors` as well, the meta
             as JSON in its metadata, under `meta`.
 
@@ -94,10 +98,10 @@ def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
     """
     if is_training_form(model):
         raise ValueError('the model is in training form: re-parameterize it before saving')
-    folder = Path(folder)
+    folder, meta = Path(folder), {**meta, 'cfg': cfg.pretty_text}
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     with written_whole(folder / 'model.pth') as path:
-        torch.save({'meta': dict(meta), 'state_dict': state}, path)
+        torch.save({'meta': meta, 'state_dict': state}, path)
     with written_whole(folder / 'config.py') as path:
         cfg.dump(str(path))
     written = [folder / 'model.pth', folder / 'config.py']
@@ -106,7 +110,7 @@ def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
         # the format knows no tensors that share memory
         with written_whole(folder / 'model.safetensors') as path:
             save_file({key: value.contiguous().clone() for key, value in state.items()},
-                      str(path), {'format': 'pt', 'meta': json.dumps(dict(meta))})
+                      str(path), {'format': 'pt', 'meta': json.dumps(meta)})
         written.append(folder / 'model.safetensors')
     return written
 
@@ -189,7 +193,17 @@ def _stock_model(value: Any, registry: Registry) -> Any:
         if not hasattr(ours, 'stock_cfg'):
             raise ValueError(f'{value} has no stock counterpart that a config could name')
         result = ours.stock_cfg(result)
+    elif _has_deploy_form(value, registry):
+        result['deploy'] = True
     return result
+
+
+def _has_deploy_form(value: dict, registry: Registry) -> bool:
+    """Whether a config's `type` re-parameterizes itself, and can be built in that form."""
+    name = value.get('type')
+    found = registry.get(name) if isinstance(name, str) else name
+    return (inspect.isclass(found) and hasattr(found, 'switch_to_deploy')
+            and 'deploy' in inspect.signature(found).parameters)
 
 
 def _our_type(value: Any, registry: Registry) -> Any:

@@ -97,6 +97,9 @@ class ReparamConv2d(WithConstants, ABC):
         else:
             self.register_parameter('bias', None)
         self._kept: KeptKernel | None = None
+        #: Whether a backbone froze the stage of this layer: its kernel outlasts `train()`.
+        self.frozen = False
+        self._evaluates = False
 
     extra_repr = nn.Conv2d.extra_repr
     #: What MMEngine's and MMCV's conv-BN functions call with a kernel of their own.
@@ -155,16 +158,18 @@ class ReparamConv2d(WithConstants, ABC):
     def weight(self) -> Tensor:
         """The generated kernel, `(o, i, k, k)`, in the dtype of the parameters.
 
-        Gradients flow through it. What is written into it, also through
-        `weight.data`, goes into the branches, see `set_kernel`; writing into a
-        part of it (`weight[0]`) is an error.
+        Gradients flow through it. What is written into it, into a view of it, or
+        through `weight.data` goes into the branches, see `set_kernel`.
         """
         try:
             kernel = self._kernel()
             if _is_recorded() or type(kernel) is not Tensor:
                 return kernel
-            # what is handed out may be written into: not the kernel that is kept
-            return GeneratedKernel.of(self, kernel.clone() if self._kept else kernel)
+            # What is handed out may be written into: not the kernel that is kept. It is laid out
+            # as a stock kernel is, since random numbers come in the order of memory.
+            whole = (kernel.clone(memory_format=torch.contiguous_format) if self._kept
+                     else kernel.contiguous())
+            return whole if whole.is_inference() else GeneratedKernel.of(self, whole)
         except AttributeError as error:  # nn.Module would say that there is no weight
             raise RuntimeError(f'the kernel of this {type(self).__name__} cannot be generated: '
                                f'{error}') from error
@@ -179,6 +184,9 @@ class ReparamConv2d(WithConstants, ABC):
             Feature map, `(N, o, H', W')`, sizes as of `torch.nn.Conv2d`.
         """
         if isinstance(x, fx.Proxy):  # one step of a traced graph, or the kernel would be a constant
+            if x.tracer.root is self:
+                raise TypeError(f'a {type(self).__name__} is one step of a traced graph: trace a '
+                                'module that contains it')
             return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
         return self._conv_forward(x, self._kernel(), self.bias)
 
@@ -263,8 +271,6 @@ class ReparamConv2d(WithConstants, ABC):
         """
         kernel, bias = self.equivalent_kernel_bias()
         conv = conv2d_like(self, kernel, bias, self._reference())
-        if self._is_channels_last():
-            conv = conv.to(memory_format=torch.channels_last)
         conv.gained_bias = self.bias is None and bias is not None
         return conv
 
@@ -290,16 +296,19 @@ class ReparamConv2d(WithConstants, ABC):
         self._kept = None
 
     def train(self, mode: bool = True) -> ReparamConv2d:
-        """Set the mode as any module does; this forgets the kernel, but for a frozen layer's.
+        """Set the mode as any module does; this forgets the kernel.
 
-        Training loops call `train()` at every iteration, and put frozen stages
-        back into eval mode: these shall be squeezed once. `eval()` in eval mode
-        forgets it there as well: moving averages, whose parameters are frozen
-        too, are written through `.data` before they are evaluated.
+        Moving averages, and teachers made of them, are written through `.data`
+        before they are evaluated. Only in a stage that its backbone froze the
+        kernel stays: training loops call `train()` at every iteration, the
+        backbone puts the stage back into eval mode, and nobody writes there.
+        Evaluation, which is `eval()` in eval mode, may be one of averages: it
+        squeezes anew, and so does the training after it.
         """
-        again = not mode and not self.training
-        if again or any(parameter.requires_grad for parameter in self.parameters()):
+        evaluates = not mode and not self.training
+        if evaluates or self._evaluates or not self.frozen:
             self.forget_kernel()
+        self._evaluates = evaluates
         return super().train(mode)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> ReparamConv2d:
@@ -327,7 +336,10 @@ class ReparamConv2d(WithConstants, ABC):
 
     def _kernel(self) -> Tensor:
         """The kernel as the forward pass takes it: kept, if it may be."""
-        if self.training or self._gradient_can_flow() or _is_recorded():
+        if _is_recorded() or getattr(self, '_is_replica', False):  # of nn.DataParallel
+            return self._generate()
+        if self.training or self._gradient_can_flow():
+            self.forget_kernel()  # fused optimizers write without a trace
             return self._generate()
         if self._kept is not None and self._kept.holds_for(self):
             return self._kept.kernel
@@ -350,10 +362,6 @@ class ReparamConv2d(WithConstants, ABC):
     def _exact_device(self) -> torch.device:
         device = self._reference().device
         return device if has_float64(device) else torch.device('cpu')
-
-    def _is_channels_last(self) -> bool:
-        return any(p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-                   and not p.is_contiguous() for p in self.parameters())
 
 
 class _NamedConv2d:

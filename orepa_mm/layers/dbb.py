@@ -8,6 +8,7 @@ of its authors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,15 @@ class DBBConv2d(ReparamConv2d):
         """
         y = self.dbb_origin(x) + self.dbb_1x1(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'weight':
+            raise AttributeError('the kernel of a DBBConv2d comes with a bias and cannot be set: '
+                                 'equivalent_kernel_bias() gives both')
+        return super().__getattr__(name)
+
+    #: None to be had alone: whoever asks for it is told by `__getattr__`.
+    weight = property(lambda self: self.__getattr__('weight'))
 
     def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
                 ) -> Tensor:

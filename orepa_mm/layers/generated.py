@@ -5,103 +5,102 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-
-#: Methods whose names end like those of in-place operations, but which write no values.
-_NO_WRITES = frozenset({'requires_grad_', 'detach_', 'share_memory_', 'rename_'})
-_ITEM_WRITES = frozenset({'__setitem__', '__iadd__', '__isub__', '__imul__', '__itruediv__',
-                          '__idiv__', '__ipow__', '__ifloordiv__', '__imod__'})
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class GeneratedKernel(Tensor):
-    """A kernel that its layer generated; reads as a tensor, and every result is a plain one.
+    """A kernel that its layer generated, or a view of it; all other results are plain tensors.
 
     Stock code writes into `conv.weight`: rules of initialisation do, and blocks
-    that re-parameterize themselves (`conv.weight.data = kernel`). Here such a
-    write is passed on to `ReparamConv2d.set_kernel`.
+    that re-parameterize themselves (`conv.weight.data = kernel`). Whatever
+    writes, PyTorch's version counter tells; the layer's `set_kernel` is then
+    called with the whole kernel.
+
+    Attributes:
+        layer: What generated it.
+        whole: The kernel that was handed out, of which this is a view or all,
+            `(o, i, k, k)`; a plain tensor.
     """
 
+    layer: nn.Module
+    whole: Tensor
+
     @staticmethod
-    def of(layer: nn.Module | None, kernel: Tensor) -> GeneratedKernel:
+    def of(layer: nn.Module, whole: Tensor, part: Tensor | None = None) -> GeneratedKernel:
         """Hand out a kernel.
 
         Args:
-            layer: What generated it; None for a part of a kernel, which cannot
-                be written.
-            kernel: `(o, i, k, k)`.
+            layer: What generated it.
+            whole: `(o, i, k, k)`; memory that is nobody else's.
+            part: A view of it; all of it by default.
         """
-        handed_out = kernel.as_subclass(GeneratedKernel)
-        handed_out.layer = layer
-        return handed_out
+        kernel = (whole if part is None else part).as_subclass(GeneratedKernel)
+        # not by an ordinary assignment, which is refused below
+        kernel.__dict__.update(layer=layer, whole=whole)
+        return kernel
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == '_is_param':
+            raise TypeError('a parameter cannot be made of a generated kernel itself: make it of a '
+                            'copy, nn.Parameter(layer.weight.detach().clone())')
+        super().__setattr__(name, value)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:
-        """Call a function of PyTorch on the plain tensor; a write goes to the layer."""
+        """Call a function of PyTorch on plain tensors; pass what it wrote on to the layer."""
         kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get('tensor', kwargs.get('input'))
-        if isinstance(kwargs.get('out'), cls):
-            target = kwargs['out']
-        if isinstance(target, cls):
-            if func == Tensor.data.__set__:
-                return _write(target, _plain(args[1]))
-            if _writes(func) or target is kwargs.get('out'):
-                return _write_by(target, func, args, kwargs)
+        kernels = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
-            if isinstance(target, cls) and func == Tensor.data.__get__:
-                return cls.of(target.layer, result)
-            if isinstance(target, cls) and type(result) is Tensor and _shares(result, target):
-                return cls.of(None, result)
-        return result
+            if func == Tensor.data.__set__ and isinstance(args[0], cls):
+                _plain(args[0]).detach().copy_(_plain(args[1]))
+                _pass_on(args[0])
+                return None
+            versions = [kernel._version for kernel in kernels]
+            args, kwargs = tree_map(_plain, (args, kwargs))
+            result = func(*args, **kwargs)
+            for kernel, version in zip(kernels, versions):
+                if kernel._version != version:
+                    _pass_on(kernel)
+            return tree_map(lambda leaf: _tied(leaf, kernels), result)
 
 
-def _writes(func: Any) -> bool:
-    name = getattr(func, '__name__', '')
-    return name in _ITEM_WRITES or (
-        name.endswith('_') and not name.startswith('__') and name not in _NO_WRITES)
+def _plain(kernel: Any) -> Any:
+    return kernel.as_subclass(Tensor) if isinstance(kernel, GeneratedKernel) else kernel
 
 
-def _write_by(target: GeneratedKernel, func: Any, args: tuple, kwargs: dict) -> GeneratedKernel:
-    """Let a function write into a copy, and put that into the layer."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        # laid out as a stock kernel: random numbers come in the order of the memory
-        copy = _plain(target).detach().clone(memory_format=torch.contiguous_format)
-
-        def exchanged(value: Any) -> Any:
-            return copy if value is target else _plain(value)
-
-        func(*tree_map(exchanged, args), **tree_map(exchanged, kwargs))
-    return _write(target, copy)
-
-
-def _write(target: GeneratedKernel, kernel: Tensor) -> GeneratedKernel:
-    if target.layer is None:
-        raise RuntimeError('this is a part of a generated kernel: a write into it would be lost. '
-                           "Call the layer's set_kernel(kernel) with the whole one")
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        missed = target.layer.set_kernel(kernel, strict=False)
-        if missed > 1e-4:
-            print_log(f'{type(target.layer).__name__} cannot generate the kernel that was written '
-                      f'into its weight: it misses it by {missed:.1e} of its largest value',
-                      'current', logging.WARNING)
-        _plain(target).detach().copy_(kernel)
-    return target
+def _pass_on(kernel: GeneratedKernel) -> None:
+    """Put what is now in a kernel's memory into its layer."""
+    layer, whole = kernel.layer, kernel.whole.detach()
+    name = type(layer).__name__
+    if not whole.isfinite().all():
+        # MMEngine's truncated normal has infinite values on its way
+        print_log(f'values that are not finite were written into the weight of a {name}: its '
+                  'branches stay as they are until finite ones follow', 'current', logging.WARNING)
+        return
+    missed = layer.set_kernel(whole, strict=False)
+    if missed > max(1e-4, 8 * torch.finfo(whole.dtype).eps):
+        print_log(f'{name} cannot generate the kernel that was written into its weight: it misses '
+                  f'it by {missed:.1e} of its largest value', 'current', logging.WARNING)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, GeneratedKernel):
-        with torch._C.DisableTorchFunctionSubclass():
-            return value.as_subclass(Tensor)
-    return value
+def _tied(result: Any, kernels: list[GeneratedKernel]) -> Any:
+    """A view of a kernel as one that passes writes on; anything else as it is."""
+    if isinstance(result, np.ndarray):
+        result.flags.writeable = False  # nothing would tell of a write
+    if type(result) is Tensor:
+        for kernel in kernels:
+            if _storage(result) == _storage(kernel.whole) != 0:
+                return GeneratedKernel.of(kernel.layer, kernel.whole, result)
+    return result
 
 
-def _shares(result: Tensor, target: GeneratedKernel) -> bool:
+def _storage(tensor: Tensor) -> int:
     try:
-        return (result.untyped_storage().data_ptr()
-                == _plain(target).untyped_storage().data_ptr() != 0)
+        return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # tensors without storage
-        return False
+        return 0

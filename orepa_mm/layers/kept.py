@@ -12,18 +12,18 @@ class KeptKernel:
     """A generated kernel, and what it was generated from.
 
     Nothing is read back from the device to compare: a tensor is the same if it
-    lies at the same address and its version counter, which PyTorch advances at
-    each in-place write, stands where it stood.
+    lies at the same address in the same layout and its version counter, which
+    PyTorch advances at each in-place write, stands where it stood.
 
     Attributes:
         kernel: `(o, i, k, k)`.
-        sources: Address and version of every parameter and buffer, and of the kernel.
+        sources: Address, layout and version of every parameter and buffer, and of the kernel.
         aliases: Keep the memory of the sources alive, so that an address cannot
             come back for other content.
     """
 
     kernel: Tensor
-    sources: list[tuple[int, int]]
+    sources: list[tuple]
     aliases: list[Tensor]
 
     @classmethod
@@ -38,6 +38,8 @@ class KeptKernel:
         if kernel.is_meta or type(kernel) is not Tensor or any(
                 type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return None  # no content, or a subclass that may hide it
+        if any('parametrizations' in module._modules for module in layer.modules()):
+            return None  # which may compute from more than tensors
         try:
             return cls(kernel, _state([*tensors, kernel]), [t.detach() for t in tensors])
         except RuntimeError:  # inference tensors, tensors inside torch.func transforms
@@ -57,10 +59,10 @@ class KeptKernel:
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
     """All parameters and buffers; quicker than asking for them by name."""
-    return [tensor for module in layer.modules()
+    return [tensor for module in (layer.modules() if layer._modules else (layer,))
             for tensors in (module._parameters, module._buffers)
             for tensor in tensors.values() if tensor is not None]
 
 
-def _state(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+def _state(tensors: list[Tensor]) -> list[tuple]:
+    return [(t.data_ptr(), t._version, t.shape, t.stride()) for t in tensors]

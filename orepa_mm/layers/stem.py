@@ -15,7 +15,12 @@ from .orepa import _OREPAConv2d
 
 
 class _Generator(_OREPAConv2d):
-    """One 3 x 3 of a stem; a rule that finds `OREPAConv2d` shall not find it."""
+    """One 3 x 3 of a stem, which no rule of initialisation shall find.
+
+    Rules go by names of classes, and one for a whole part of a model by `weight`.
+    """
+
+    weight = None
 
 
 class OREPAStemConv2d(ReparamConv2d, _NamedConv2d):

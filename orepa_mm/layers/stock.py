@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,7 +12,8 @@ def conv2d_like(layer: nn.Module, kernel: Tensor, bias: Tensor | None, reference
 
     Args:
         layer: What the convolution comes from: its stride, padding, dilation,
-            groups, training flag, and whether anything in it is trainable.
+            groups, memory format, training flag, and whether anything in it is
+            trainable.
         kernel: `(o, i, k, k)`, any dtype and device.
         bias: `(o,)` or None.
         reference: Its dtype and device are those of the result.
@@ -23,8 +25,11 @@ def conv2d_like(layer: nn.Module, kernel: Tensor, bias: Tensor | None, reference
     conv = nn.Conv2d(kernel.shape[1] * layer.groups, kernel.shape[0], kernel.shape[2:],
                      layer.stride, layer.padding, layer.dilation, layer.groups, bias is not None,
                      layer.padding_mode, device='meta')
-    conv.weight = nn.Parameter(kernel.to(reference.dtype).to(reference.device).contiguous(),
-                               trainable)
+    channels_last = any(
+        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+        and not p.is_contiguous() for p in layer.parameters())
+    conv.weight = nn.Parameter(kernel.to(reference.dtype).to(reference.device).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format), trainable)
     if bias is not None:
         conv.bias = nn.Parameter(bias.to(reference.dtype).to(reference.device), trainable)
     conv.reparameterized = True  # tells a second conversion that there was a first

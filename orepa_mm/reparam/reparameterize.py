@@ -51,6 +51,24 @@ def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = Fals
         >>> reparameterize(nn.Sequential(OREPAConv2d(3, 8, 3, padding=1)))[0]
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
+    model, done = converted(model, inplace, fold_bn)
+    print_log(', '.join(done) or f'{type(model).__name__} was re-parameterized before: left as '
+              'it is', logger='current', level=logging.INFO)
+    return model
+
+
+def converted(model: nn.Module, inplace: bool = False, fold_bn: bool = False
+              ) -> tuple[nn.Module, list[str]]:
+    """Re-parameterize without a word; see `reparameterize`.
+
+    Args:
+        model: See `reparameterize`.
+        inplace: See `reparameterize`.
+        fold_bn: See `reparameterize`.
+
+    Returns:
+        The model in deploy form, and what was done to it, a line each.
+    """
     model = unwrapped(model)
     _refuse_sharded(model)
     counts = Counter(type(layer).__name__ for layer in reparam_layers(model))
@@ -77,9 +95,7 @@ def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = Fals
         type(block).__name__ for block in others).items()]
     if folded:
         done.append(f'folded {folded} BN')
-    print_log(', '.join(done) or f'{type(model).__name__} was re-parameterized before: left as '
-              'it is', logger='current', level=logging.INFO)
-    return model
+    return model, done
 
 
 def is_training_form(model: nn.Module) -> bool:
@@ -172,11 +188,16 @@ def _bias_into_norm(model: nn.Module) -> None:
     A stock convolution before a BN has no bias. BN takes the mean away, so that
     a bias before it is one in its running mean.
     """
+    uses = Counter(child for module in model.modules()
+                   for child in module._modules.values() if child is not None)
+    norms: dict[nn.Module, list[nn.Module]] = {}
     for parent, _, conv, _, norm in adjacent_children(model):
-        if getattr(conv, 'gained_bias', False) and conv.bias is not None and follows(
-                parent, conv, norm):
-            with torch.no_grad():
-                norm.running_mean.sub_(conv.bias)
+        if getattr(conv, 'gained_bias', False) and follows(parent, conv, norm):
+            norms.setdefault(conv, []).append(norm)
+    for conv, behind in norms.items():
+        if conv.bias is not None and len(behind) == uses[conv]:  # else some use has no BN
+            for norm in dict.fromkeys(behind):
+                norm.running_mean.data.sub_(conv.bias.detach())
             conv.register_parameter('bias', None)
 
 

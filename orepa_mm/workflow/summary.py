@@ -11,6 +11,9 @@ from rich.table import Table
 
 #: The columns: what a number of the report is of.
 FORMS = ('training', 'deployed')
+#: What the largest differences are called.
+_KINDS = {'float32': 'float32', 'float64': 'float64, kernels not rounded',
+          'rounding': 'by rounding of the kernels'}
 
 
 def print_report(report: dict[str, Any], folder: str | Path) -> None:
@@ -31,6 +34,12 @@ def print_report(report: dict[str, Any], folder: str | Path) -> None:
     if report['problems']:
         console.print('SAVED UNVERIFIED, as asked for. The two forms differ:', style='bold red')
         print('\n'.join(report['problems']))
+    if report['warnings']:
+        console.print('a metric moved, though every raw output and every layer agrees: on a small '
+                      'set one rank that flips does that', style='bold yellow')
+        print('\n'.join(report['warnings']))
+    for note in report['notes']:
+        print(f'note: {note}')
     dropped = ', '.join(f'{key} ({size / 1e6:.1f} MB)'
                         for key, size in report['dropped_bytes'].items())
     if dropped:
@@ -67,8 +76,13 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if 'latency_ms' in report:
         rows.append(('latency with kernels squeezed at every call (ms)',
                      f'{report["latency_ms"]["squeezing"]:.1f}', ''))
-    for dtype, error in report['largest_difference'].items():
-        rows.append((f'largest relative output difference, {dtype}', '', f'{error:.1e}'))
+    for kind, error in report['largest_difference'].items():
+        rows.append((f'largest relative output difference, {_KINDS[kind]}', '', f'{error:.1e}'))
+    layers = report['verification']['layers']
+    if layers['compared']:
+        agreed = layers['compared'] - len(layers['failed'])
+        rows.append(('tensors and layers that agree on their own', '',
+                     f'{agreed} of {layers["compared"]}'))
     if 'onnx' in report:
         rows.append(('the same of ONNX Runtime to PyTorch, float32', '',
                      f'{report["onnx"]["largest"]:.1e}'))

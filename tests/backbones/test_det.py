@@ -52,6 +52,9 @@ def test_blocks_start_as_published_unless_a_rule_is_given():
     assert block.vector[:, 0].tolist() == [0.25, 0.25, 0.0, 0.5, 1.0, 0.5]
     plain = backbone.layer2[0].downsample[0].weight  # the stock rule: normal, fan out
     assert plain.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
+    before = copy.deepcopy(backbone.state_dict())
+    backbone.init_weights()  # a second time does nothing, as in the stock class
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     own = initialised(init_cfg=dict(type='Normal', layer='Conv2d', std=0.01))
     for layer in (own.layer1[0].conv1, own.conv1, own.layer2[0].downsample[0]):
         assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)

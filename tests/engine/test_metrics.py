@@ -6,7 +6,7 @@ import math
 import pytest
 from pycocotools.coco import COCO
 
-from orepa_mm.engine.metrics import changed_metrics, coco_statistics
+from orepa_mm.engine.metrics import changed_metrics, coco_statistics, metrics_at_chance
 
 
 def test_half_of_the_objects_found(tmp_path):
@@ -34,3 +34,16 @@ def test_half_of_the_objects_found(tmp_path):
 def test_a_metric_may_move_by_a_ten_thousandth(training, deployed, equal):
     moved = changed_metrics({'training': {'AP': training}, 'deployed': {'AP': deployed}})
     assert moved == [] if equal else moved[0].startswith('AP is ')
+
+
+@pytest.mark.parametrize(('metrics', 'classes', 'at_chance'), [
+    ({'coco/bbox_mAP': 0.0, 'coco/bbox_mAP_s': -1.0}, 80, True),
+    ({'coco/bbox_mAP': 0.002, 'coco/bbox_mAP_50': 0.009}, 80, True),
+    ({'coco/bbox_mAP': 0.002, 'coco/bbox_mAP_50': 0.02}, 80, False),
+    ({'accuracy/top1': 0.12}, 1000, True), ({'accuracy/top1': 12.0}, 10, True),
+    ({'accuracy/top1': 12.0}, 1000, False), ({'accuracy/top1': 60.0}, 10, False),
+    ({'accuracy/top1': 60.0}, None, False),
+    ({'mIoU': 0.7, 'aAcc': 4.0, 'mAcc': math.nan}, 19, True),
+    ({'mIoU': 20.0, 'aAcc': 4.0}, 19, False), ({}, None, True)])
+def test_a_metric_at_chance(metrics, classes, at_chance):
+    assert metrics_at_chance(metrics, classes) is at_chance

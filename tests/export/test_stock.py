@@ -44,7 +44,8 @@ def test_stock_modules_with_the_conv_layer_type(tmp_path):
     assert not list(tmp_path.iterdir())
     paths = save_deployed(reparameterize(model), stock, tmp_path, {'form': 'deployed'})
     loaded = MODELS.build(Config.fromfile(paths[1]).model)
-    assert load_weights(loaded, paths[0])['meta'] == {'form': 'deployed'}
+    assert load_weights(loaded, paths[0])['meta'] == {'form': 'deployed',
+                                                      'cfg': stock.pretty_text}
     loaded.eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -104,3 +105,57 @@ def test_exported_where_orepa_mm_cannot_be_imported(name, tmp_path):
     with torch.no_grad():
         for one, other in zip(torch.load(tmp_path / 'features.pth'), model.extract_feat(x)):
             assert relative_error(one, other) < 1e-4
+
+
+def with_backbone(backbone, channels):
+    model = copy.deepcopy(MODEL)
+    model['backbone'] = backbone
+    model['neck'].update(in_channels=[channels], num_outs=1)
+    return Config(dict(model=model))
+
+
+def built_from_files(cfg, stock, folder):
+    """The training form, and what the written files of its deployed form build."""
+    model = randomize(MODELS.build(cfg.model))
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_var.fill_(10)  # so that the signal of random weights stays small
+    model.eval()
+    paths = save_deployed(reparameterize(model), stock, folder, {})
+    loaded = MODELS.build(Config.fromfile(paths[1]).model).eval()
+    load_weights(loaded, paths[0])
+    return model, loaded
+
+
+def test_where_the_stock_module_has_another_conv_layer_by_default(tmp_path):
+    """Left out, `conv_cfg` would be one that pads otherwise; the weights would load."""
+    cfg = with_backbone(dict(type='mmpretrain.EfficientNet', arch='b0',
+                             conv_cfg=dict(type='OREPA')), 1280)
+    stock = deploy_config(cfg)
+    assert stock.model.backbone['conv_cfg'] is None
+    model, loaded = (network.double() for network in built_from_files(cfg, stock, tmp_path))
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(loaded.extract_feat(x)[0], model.extract_feat(x)[0]) < 1e-4
+
+
+FOREIGN = {
+    'beside ours': dict(type='mmpretrain.RepVGG', out_indices=(3,), arch=dict(
+        num_blocks=[1, 1, 1, 1], width_factor=[0.125] * 4, group_layer_map=None, se_cfg=None)),
+    'with our layers': dict(type='mmpretrain.MobileOne', conv_cfg=dict(type='OREPA'), arch=dict(
+        num_blocks=[1, 1, 1, 1], width_factor=[0.125] * 4, num_conv_branches=[1] * 4,
+        num_se_blocks=[0] * 4)),
+}
+
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_blocks_that_re_parameterize_themselves_are_built_deployed(name, tmp_path):
+    """`reparameterize` calls their `switch_to_deploy`; the config must build what that leaves."""
+    cfg = with_backbone(FOREIGN[name], 64)
+    stock = deploy_config(cfg)
+    assert stock.model.backbone.deploy is True
+    assert 'deploy' not in stock.model.neck
+    assert 'deploy' not in cfg.model.backbone
+    model, loaded = (network.double() for network in built_from_files(cfg, stock, tmp_path))
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(loaded.extract_feat(x)[0], model.extract_feat(x)[0]) < 1e-4

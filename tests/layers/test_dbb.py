@@ -30,7 +30,7 @@ def test_equals_one_convolution_in_eval_mode(case):
         conv = reparameterize(layer)
         assert type(conv) is nn.Conv2d
         assert relative_error(conv(x), expected) < 1e-10
-        assert relative_error(layer.weight, conv.weight) < 1e-10
+        assert relative_error(layer.squeeze(), conv.weight) < 1e-10
         fused_anew = copy.deepcopy(layer)
         fused_anew.dbb_avg.avgbn.running_mean.add_(1)  # the border value must follow
         assert relative_error(reparameterize(fused_anew)(x), fused_anew(x)) < 1e-10
@@ -64,11 +64,20 @@ def test_built_on_the_meta_device_and_loaded(x):
         assert torch.equal(layer(x), source(x))
 
 
-def test_its_kernel_cannot_be_set():
-    """It is no linear function of the branches: a write into it must not be lost silently."""
+def test_it_has_no_weight_that_could_be_read_without_its_bias_or_written():
+    """Rules of initialisation go by `hasattr`; who reads a kernel without a bias is told."""
     layer = DBBConv2d(4, 8, 3, padding=1).eval()
-    with pytest.raises(TypeError, match='no linear function'):
+    assert not hasattr(layer, 'weight')
+    with pytest.raises(AttributeError, match='comes with a bias'):
         nn.init.zeros_(layer.weight)
+    with pytest.raises(TypeError, match='no linear function'):
+        layer.set_kernel(torch.zeros(8, 4, 3, 3))
+    module = ConvModule(4, 8, 3, padding=1, conv_cfg=dict(type='DBB'), norm_cfg=dict(type='BN'),
+                        efficient_conv_bn_eval=True)
+    initialize(module, dict(type='Normal', layer='Linear', std=1.0, override=dict(
+        type='Normal', name='conv', std=1.0)))  # skips it
+    with pytest.raises(AttributeError, match='comes with a bias'):
+        module.eval()(torch.randn(1, 4, 8, 8))
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

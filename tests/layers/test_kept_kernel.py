@@ -8,6 +8,7 @@ from helpers import LAYERS, expected_output, randomize, relative_error, train_on
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrize import register_parametrization
 
 from orepa_mm.layers import forget_kernels
 
@@ -30,10 +31,101 @@ def test_kernel_is_kept_in_eval_mode_without_gradients(layer, x, monkeypatch):
     assert len(calls) == 2
     layer.requires_grad_(False)
     layer(x), layer(x)
-    assert len(calls) == 2
+    assert len(calls) == 3
     layer.train()
     layer(x), layer(x)
-    assert len(calls) == 4
+    assert len(calls) == 5
+
+
+def test_a_teacher_that_is_written_through_data(layer, x):
+    """MMDetection's MeanTeacherHook: the loop calls train(), the detector teacher.eval()."""
+    layer.eval().requires_grad_(False)
+    with torch.no_grad():
+        layer(x)
+        for _ in range(3):
+            layer.train()
+            for parameter in layer.parameters():
+                parameter.data.mul_(1.1)
+            layer.eval()
+            assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+def test_a_frozen_stage_keeps_its_kernel_through_training(layer, x, monkeypatch):
+    layer.eval().requires_grad_(False)
+    layer.frozen = True
+    calls = count_squeezes(layer, monkeypatch)
+    for _ in range(3):
+        layer(x)
+        layer.train(), layer.eval()  # the loop, and the backbone that froze it
+    assert len(calls) == 1
+
+
+def test_a_frozen_stage_whose_averages_are_evaluated(layer, x):
+    """Exchanged through `.data`, evaluated, exchanged back, trained on."""
+    layer.eval().requires_grad_(False)
+    layer.frozen = True
+    layer(x), layer.train(), layer.eval(), layer(x)
+    for factor in (1.5, 1 / 1.5):
+        for parameter in layer.parameters():
+            parameter.data.mul_(factor)
+        if factor > 1:
+            layer.eval()
+        else:
+            layer.train(), layer.eval()
+        assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize('optimizer', [
+    lambda p: torch.optim.AdamW(p, 0.1, fused=True), lambda p: torch.optim.SGD(p, 0.1, fused=True),
+    lambda p: torch.optim.AdamW(p, 0.1, foreach=True)])
+def test_fused_optimizers_write_without_a_trace(layer, x, optimizer):
+    """Fine-tuning in eval mode: their steps advance no version counter."""
+    layer.eval()
+    step = optimizer(layer.parameters())
+    for _ in range(2):
+        with torch.no_grad():
+            layer(x)
+        layer(x).square().mean().backward()
+        step.step()
+        with torch.no_grad():
+            assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+def test_another_layout_at_the_same_address(x):
+    layer = randomize(LAYERS['1x1']()).eval()
+    with torch.no_grad():
+        layer(x)
+        first = layer.weight_or1x1_l2i_conv1
+        first.data = first.data.transpose(0, 1)
+        assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+def test_a_parametrization_may_compute_from_anything(x):
+    class Times(nn.Module):
+        factor = 1.0
+
+        def forward(self, value):
+            return value * self.factor
+
+    layer, times = randomize(LAYERS['kxk']()).eval(), Times()
+    register_parametrization(layer, 'vector', times)
+    with torch.no_grad():
+        layer(x)
+        times.factor = 3.0
+        assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+def test_a_replica_of_data_parallel_has_gradients(layer, x):
+    """It has tensors for attributes, and no parameters."""
+    replica = layer.eval()._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        setattr(replica, name, parameter if parameter is None else parameter.clone())
+    for name, child in layer.named_children():
+        inner = child._replicate_for_data_parallel()
+        for key, parameter in child._parameters.items():
+            setattr(inner, key, parameter if parameter is None else parameter.clone())
+        setattr(replica, name, inner)
+    assert replica(x).requires_grad
 
 
 def change_in_place(layer):
@@ -105,6 +197,14 @@ def test_what_is_handed_out_is_not_what_is_kept(layer, x):
         expected = layer(x)
         layer.weight.untyped_storage().fill_(7)
         assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_the_kernel_is_read_in_inference_mode(layer, mode):
+    getattr(layer, mode)()
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(layer.weight * 2, layer.weight + layer.weight)
 
 
 def test_kernel_kept_in_inference_mode_can_be_used_outside(layer, x):

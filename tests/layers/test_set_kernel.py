@@ -115,18 +115,77 @@ def test_a_write_reaches_the_branches(layer, write, mode):
     assert relative_error(layer.to_conv2d().weight, expected) < 1e-5
 
 
-def test_a_write_into_a_part_is_an_error(layer):
+PARTS = {
+    'an index': lambda w: w[0].zero_(), 'an index of .data': lambda w: w.data[0].fill_(1),
+    'a slice': lambda w: nn.init.ones_(w[:, :1]),
+    'transposed': lambda w: w.transpose(2, 3).fill_(2),
+    'a view as others': lambda w: nn.init.orthogonal_(w), 'flat': lambda w: w.flatten(1)[1].zero_(),
+    'detached': lambda w: w.detach().mul_(3), 'unbind': lambda w: w.unbind()[1].zero_(),
+    'chunk': lambda w: w.chunk(2)[1].fill_(2), 'iteration': lambda w: [r.fill_(4) for r in w],
+    'foreach': lambda w: torch._foreach_mul_([w, torch.ones(1)], 2),
+    'inplace=': lambda w: nn.functional.relu(w, inplace=True),
+    'an operator': lambda w: torch.ops.aten.fill_.Scalar(w, 3.0),
+    'a mask': lambda w: w.data.masked_fill_(w.data > 0, 1.0),
+}
+
+
+@pytest.mark.parametrize('write', PARTS)
+def test_a_write_by_any_way_reaches_the_branches(write):
+    """What a stock kernel would have become."""
+    layer = randomize(OREPAConv2d(4, 6, 3))
+    expected = nn.Parameter(layer.weight.detach().clone())
+    with torch.no_grad():
+        torch.manual_seed(1)
+        PARTS[write](expected)
+        torch.manual_seed(1)
+        PARTS[write](layer.weight)
+    assert relative_error(layer.weight, expected) < 1e-5
+
+
+def test_memory_that_tells_of_no_write_is_read_only(layer):
+    with pytest.raises(ValueError, match='read-only'):
+        layer.weight.detach().numpy()[:] = 0
+
+
+def test_a_parameter_is_made_of_a_copy(layer):
+    with pytest.raises(TypeError, match=r'detach\(\)\.clone\(\)'):
+        nn.Parameter(layer.weight.data)
+    assert type(nn.Parameter(layer.weight.detach().clone())) is nn.Parameter
+    assert type(copy.deepcopy(layer.weight.detach())) is torch.Tensor
+
+
+def test_values_that_are_not_finite_on_the_way():
+    """MMEngine's truncated normal passes through infinity, at random."""
+    layer = OREPAConv1x1(8, 8, bias=False)
     before = layer.weight.detach().clone()
-    for write in (lambda w: w[0].zero_(), lambda w: w.data[0].fill_(1),
-                  lambda w: w.transpose(2, 3).zero_(), lambda w: nn.init.ones_(w[:, 0])):
-        with torch.no_grad(), pytest.raises(RuntimeError, match='would be lost'):
-            write(layer.weight)
-    assert torch.equal(layer.weight, before)
+    with torch.no_grad():
+        handed_out = layer.weight
+        handed_out.fill_(math.inf)
+        assert torch.equal(layer.weight, before)
+        handed_out.clamp_(-2, 2)
+    assert relative_error(layer.weight, torch.full((8, 8, 1, 1), 2.0)) < 1e-6
+
+
+def test_the_generators_of_a_stem_are_out_of_reach():
+    """A rule for a whole part of a model goes by `weight`, not by names of classes."""
+    stem = randomize(OREPAStemConv2d(**WIDE_STEM))
+    before = {key: value.clone() for key, value in stem.state_dict().items()}
+    head = Head(dict(type='OREPA'), dict(type='Normal', layer='Linear', std=1.0, override=dict(
+        type='Constant', name='part', val=0.5)))
+    head.part = ConvModule(3, 24, 7, padding=3, conv_cfg=dict(type='OREPA'))
+    head.part.conv.load_state_dict(before)
+    head.init_weights()
+    after = head.part.conv.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {'weight2.weight_orepa_origin', 'bias'}
+    assert relative_error(head.part.conv.weight, torch.full((24, 3, 7, 7), 0.5)) < 1e-4
 
 
 def test_reading_gives_plain_tensors_and_gradients(layer):
     for result in (layer.weight * 2, layer.weight.clone(), torch.zeros(1).add_(layer.weight.sum()),
-                   layer.weight.sum(), torch.stack([layer.weight]), layer.weight.detach() + 1):
+                   layer.weight.sum(), torch.stack([layer.weight]), layer.weight.detach() + 1,
+                   nn.functional.conv2d(torch.randn(1, layer.in_channels, 9, 9), layer.weight,
+                                        groups=layer.groups)):
         assert type(result) is torch.Tensor
     (layer.weight * layer.weight.detach()).sum().backward()
     assert layer.get_parameter(

@@ -73,7 +73,7 @@ def test_orepa_1x1_equals_its_branches(in_channels, out_channels, groups, stride
 @pytest.mark.parametrize('kernel_size', [5, 7])
 def test_stem_kernel_is_the_written_out_composition(kernel_size):
     stem = randomize(OREPAStemConv2d(2, 3, kernel_size, bias=False).double())
-    first, *others = (getattr(stem, f'weight{j}').weight for j in range((kernel_size - 1) // 2))
+    first, *others = (getattr(stem, f'weight{j}').squeeze() for j in range((kernel_size - 1) // 2))
     composed = {(o, i, y, x): first[o, i, y, x].item()
                 for o in range(3) for i in range(2) for y in range(3) for x in range(3)}
     size = 3

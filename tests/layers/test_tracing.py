@@ -38,6 +38,11 @@ def test_fx_takes_a_layer_as_one_step(images, mode):
     assert model[3].vector.grad.abs().sum() > 0
 
 
+def test_a_layer_alone_cannot_be_traced_by_fx():
+    with pytest.raises(TypeError, match='a module that contains it'):
+        fx.symbolic_trace(OREPAConv1x1(4, 4))
+
+
 def test_efficient_conv_bn_eval_of_mmengine(images):
     model = network().eval()
     expected = model(images).detach()

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import randomize, relative_error
+from mmcv.cnn import build_conv_layer
 from mmdet.models.necks import FPN
+from mmengine.registry import MODELS
 from mmpretrain.models.backbones import MobileOne, RepVGG
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -125,6 +127,35 @@ def test_dbb_before_a_norm_gives_the_stock_layers(images):
     stock.load_state_dict(deployed.state_dict(), strict=True)
     stock.eval()
     assert relative_error(stock([images])[0], expected) < 1e-5
+
+
+def test_dbb_shared_by_two_norms_and_by_none():
+    """Each norm behind a shared block gets its bias; where one use has no norm, it stays."""
+    class Heads(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            conv = build_conv_layer(dict(type='DBB'), 4, 4, 3, padding=1, bias=False)
+            self.one = nn.Sequential(conv, nn.BatchNorm2d(4))
+            self.two = nn.Sequential(conv, second)
+
+        def forward(self, x):
+            return self.one(x), self.two(x)
+
+    x = torch.randn(2, 4, 8, 8)
+    for second in (nn.BatchNorm2d(4), nn.ReLU()):
+        model = randomize(Heads(second)).eval()
+        deployed = reparameterize(model)
+        assert (deployed.one[0].bias is None) == isinstance(second, nn.BatchNorm2d)
+        for one, other in zip(outputs(deployed, x), outputs(model, x)):
+            assert relative_error(one, other) < 1e-5
+
+
+def test_channels_last_blocks_stay_so():
+    model = MODELS.build(dict(type='mmpretrain.OREPARepVGG', arch=NARROW))
+    deployed = reparameterize(model.to(memory_format=torch.channels_last))
+    for conv in deployed.modules():
+        if isinstance(conv, nn.Conv2d):
+            assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_sharded_models_are_refused_untouched(tmp_path):

@@ -32,7 +32,9 @@ def test_a_two_stage_detector_gets_the_same_proposals_in_both_forms(two_stage):
     names = {error.name for error in report.errors}
     assert {name.split('[')[0] for name in names} == {'features', 'rpn', 'roi'}
     assert len(names) == 17
-    assert report.largest('float64').error < 1e-6
+    assert report.largest('float64').error < 1e-12
+    assert report.complete, report.explain()
+    assert report.dtypes() == dict.fromkeys(('features', 'rpn', 'roi'), ('float32', 'float64'))
     assert two_stage.training
 
     with torch.no_grad():

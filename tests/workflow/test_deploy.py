@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 import sys
 
@@ -9,9 +10,9 @@ import onnx
 import pytest
 import torch
 from helpers import ROOT, relative_error, vary_scales
-from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import MODELS
 
 from orepa_mm.checkpoints import load_weights
 from orepa_mm.datasets import make_shapes_coco
@@ -34,7 +35,7 @@ custom_hooks = [dict(type='ReparamTestHook')]
 def folder(tmp_path_factory):
     """A data set, a config, and a checkpoint as the runner saves it."""
     folder = tmp_path_factory.mktemp('pipeline')
-    make_shapes_coco(folder / 'data', 1, 3, 64)
+    make_shapes_coco(folder / 'data', 1, 10, 64)  # so many that random boxes hit
     (folder / 'config.py').write_text(CONFIG)
     torch.manual_seed(0)
     model = MODELS.build(config(folder).model)
@@ -86,7 +87,11 @@ def test_what_is_written(folder, plain):
         'config.py', 'model.pth', 'model.safetensors', 'report.json']
     assert report['metrics']['training']['coco/bbox_mAP'] > 0  # there was something to compare
     assert report['problems'] == []
-    assert json.loads((out / 'report.json').read_text())['form'] == 'plain'
+    assert report['warnings'] == []
+    assert report['verification']['complete']
+    assert report['images'] == 2
+    saved = json.loads((out / 'report.json').read_text())
+    assert (saved['form'], saved['problems']) == ('plain', [])
     checkpoint = torch.load(out / 'model.pth', weights_only=True)
     assert checkpoint.keys() == {'meta', 'state_dict'}
     meta = checkpoint['meta']
@@ -95,7 +100,9 @@ def test_what_is_written(folder, plain):
     assert meta['source_sha256'] == pipeline.sha256(folder / 'iter_5.pth')
     assert len(meta['source_sha256']) == 64
     assert meta['versions'].keys() == {'orepa_mm', 'torch', 'mmengine', 'mmcv', 'mmdet'}
-    assert meta['largest_difference']['float64'] < 1e-6
+    assert meta['largest_difference']['float64'] < 1e-12
+    assert meta['largest_difference']['rounding'] < 1e-5
+    assert meta['cfg'] == Config.fromfile(out / 'config.py').pretty_text
     assert meta['metrics'] == report['metrics']['deployed']
     assert meta['dataset_meta']['classes'] == ('circle', 'square', 'triangle')
 
@@ -112,6 +119,8 @@ def test_what_is_left_out_is_reported(folder, plain, capsys):
     printed = capsys.readouterr().out
     assert 'checkpoint file (MB)' in printed
     assert 'ema_state_dict (' in printed
+    assert 'tensors and layers that agree on their own' in printed
+    assert 'note: a metric at chance proves nothing' in printed  # the weights are random
     assert 'UNVERIFIED' not in printed
 
 
@@ -233,10 +242,34 @@ def test_a_wrong_conversion_is_saved_on_demand(folder, wrong_conversion, capsys)
     assert 'UNVERIFIED' in capsys.readouterr().out
 
 
-def test_a_metric_that_moves_is_not_saved(folder, monkeypatch):
+@pytest.fixture
+def moving_metric(monkeypatch):
     found = iter([{'coco/bbox_mAP': 0.5}, {'coco/bbox_mAP': 0.4997}])
     monkeypatch.setattr(pipeline, 'tested_metrics', lambda *args: next(found))
-    with pytest.raises(VerificationError, match=r'coco/bbox_mAP is 0\.50000 .*0\.49970.*3\.00e-04'):
+
+
+@pytest.mark.usefixtures('moving_metric')
+def test_a_metric_that_moves_is_a_warning_where_all_outputs_agree(folder, capsys):
+    report = deploy(folder, folder / 'warned')
+    assert report['problems'] == []
+    assert 'coco/bbox_mAP is 0.50000 in training form but 0.49970' in report['warnings'][0]
+    assert torch.load(folder / 'warned' / 'model.pth')['meta']['verified']
+    saved = json.loads((folder / 'warned' / 'report.json').read_text())
+    assert saved['warnings'] == report['warnings']
+    capsys.readouterr()
+    print_report(report, folder / 'warned')
+    printed = capsys.readouterr().out
+    assert 'a metric moved, though every raw output' in printed
+    assert 'moved by 3.00e-04' in printed
+
+
+@pytest.mark.usefixtures('moving_metric')
+def test_a_metric_that_moves_is_not_saved_where_not_all_was_compared(folder, monkeypatch):
+    good = pipeline.verify
+    monkeypatch.setattr(pipeline, 'verify', lambda *args: dataclasses.replace(
+        good(*args), not_run=('bbox_head.unseen',)))
+    with pytest.raises(VerificationError, match=r'(?s)coco/bbox_mAP is 0\.50000 .*0\.49970.*'
+                       r'3\.00e-04.*on 2 images.*depends on: bbox_head\.unseen'):
         deploy(folder, folder / 'moved')
     assert not (folder / 'moved').exists()
 
@@ -267,6 +300,51 @@ def test_files_of_an_earlier_run_are_not_mixed_in(folder, plain):
         deploy(folder, plain[1])
 
 
+def test_an_earlier_result_is_replaced_as_a_whole(folder):
+    out = folder / 'replaced'
+    deploy(folder, out, test=False)
+    (out / 'report.json').write_text('old')
+    report = deploy(folder, out, test=False, form='folded')
+    assert report['notes'][0].startswith('no metric was tested')
+    assert torch.load(out / 'model.pth')['meta']['form'] == 'folded'
+    assert json.loads((out / 'report.json').read_text())['form'] == 'folded'
+    (out / 'mine.txt').touch()
+    with pytest.raises(FileExistsError, match=r'other files as well \(mine\.txt\)'):
+        deploy(folder, out, test=False)
+    assert not [path for path in folder.iterdir() if path.name.startswith('.')]
+
+
+def test_an_inferencer_builds_the_model_from_the_weights_alone(folder, plain):
+    """As MMDetection documents it: `DetInferencer(weights=...)`."""
+    from mmdet.apis import DetInferencer
+
+    inferencer = DetInferencer(weights=str(plain[1] / 'model.pth'), device='cpu')
+    assert type(inferencer.model.backbone).__name__ == 'ResNet'
+    assert inferencer.model.dataset_meta['classes'] == ('circle', 'square', 'triangle')
+    image = next((folder / 'data').rglob('*.png'), None) or next((folder / 'data').rglob('*.jpg'))
+    found = inferencer(str(image), no_save_vis=True)['predictions'][0]
+    again = DetInferencer(str(plain[1] / 'config.py'), str(plain[1] / 'model.pth'), device='cpu')
+    assert found == again(str(image), no_save_vis=True)['predictions'][0]
+    assert len(found['scores']) > 0
+
+
+@pytest.mark.parametrize(('count', 'sizes'), [(1, [1]), (4, [3, 1]), (6, [3, 3]), (9, [3, 3, 1]),
+                                              (99, [3, 3, 1])])
+def test_images_are_counted_not_batches(count, sizes):
+    class Preprocessor:
+        @staticmethod
+        def data_preprocessor(data, training):
+            assert not training
+            return {'inputs': torch.stack(data), 'data_samples': [int(x[0]) for x in data],
+                    'scale': 2.0}
+
+    images = [torch.full((2,), float(i)) for i in range(7)]
+    batches = pipeline._batches([images[:3], images[3:6], images[6:]], Preprocessor, count)
+    assert [len(batch['inputs']) for batch in batches] == sizes
+    assert [i for batch in batches for i in batch['data_samples']] == list(range(sum(sizes)))
+    assert all(batch['scale'] == 2.0 for batch in batches)
+
+
 def test_a_plain_model_has_nothing_to_convert(folder, plain):
     cfg = Config.fromfile(plain[1] / 'config.py')
     cfg.work_dir, cfg.launcher = str(folder / 'work'), 'none'
@@ -276,3 +354,16 @@ def test_a_plain_model_has_nothing_to_convert(folder, plain):
     torch.save(stock, folder / 'stock.pth')
     with pytest.raises(NothingToConvertError, match='nothing to re-parameterize'):
         reparameterize_checkpoint(cfg, folder / 'stock.pth', folder / 'again')
+
+
+def test_a_config_whose_network_does_not_take_the_weights_is_refused(folder, monkeypatch):
+    def deeper(cfg, form):
+        cfg = deploy_config(cfg, form)
+        cfg.model.bbox_head.stacked_convs = 2
+        return cfg
+
+    deploy_config = pipeline.deploy_config
+    monkeypatch.setattr(pipeline, 'deploy_config', deeper)
+    with pytest.raises(VerificationError, match=r'(?s)builds another model.*cls_convs\.1'):
+        deploy(folder, folder / 'other')
+    assert not (folder / 'other').exists()
