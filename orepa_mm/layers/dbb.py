@@ -49,7 +49,7 @@ class DBBConv2d(ReparamConv2d):
         dbb_1x1_kxk: `idconv1` `(I, i, 1, 1)`, added to the identity (with one
             channel per group `conv1`, `(2 I, i, 1, 1)`); `bn1`, which pads;
             `conv2` `(o, t/g, k, k)`; `bn2`.
-        dbb_avg: `conv` `(o, i, 1, 1)`; `bn`, which pads; `avg`; `avgbn`.
+        dbb_avg: `conv` `(o, i, 1, 1)`; `bn`, which pads; `avgbn`, behind the average.
 
     Raises:
         ValueError: If the kernel, the padding or the norm layer is another.
@@ -101,7 +101,6 @@ class DBBConv2d(ReparamConv2d):
         self.dbb_avg = nn.Sequential()
         self.dbb_avg.add_module('conv', conv(i, o, 1))
         self.dbb_avg.add_module('bn', _BNAndPad(norm(o), margin))
-        self.dbb_avg.add_module('avg', _Average(k, **where))
         self.dbb_avg.add_module('avgbn', norm(o))
         self.dbb_1x1 = nn.Sequential()
         self.dbb_1x1.add_module('conv', conv(i, o, 1, stride=self.stride))
@@ -116,6 +115,7 @@ class DBBConv2d(ReparamConv2d):
         self.dbb_1x1_kxk.add_module('bn1', _BNAndPad(norm(hidden), margin))
         self.dbb_1x1_kxk.add_module('conv2', conv(hidden, o, k, **where))
         self.dbb_1x1_kxk.add_module('bn2', norm(o))
+        self._register_constants()
         self.reset_parameters()
 
     def reset_branches(self) -> None:
@@ -133,7 +133,8 @@ class DBBConv2d(ReparamConv2d):
         Returns:
             Feature map, `(N, o, H', W')`.
         """
-        y = self.dbb_origin(x) + self.dbb_1x1(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
+        average = self.dbb_avg.avgbn(self._averaged(self.dbb_avg.bn(self.dbb_avg.conv(x))))
+        y = self.dbb_origin(x) + self.dbb_1x1(x) + average + self.dbb_1x1_kxk(x)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
     def __getattr__(self, name: str) -> Any:
@@ -174,6 +175,17 @@ class DBBConv2d(ReparamConv2d):
             average=fused(average, self.dbb_avg.bn.bn),
             window=fused(average.new_full((len(average), 1, k, k), 1 / k**2), self.dbb_avg.avgbn),
             groups=self.groups)
+
+    def _make_constants(self) -> dict[str, Tensor]:
+        return {} if self.dilation == (1, 1) else {'window': torch.ones(1, 1, *self.kernel_size)}
+
+    def _averaged(self, y: Tensor) -> Tensor:
+        """An average pooling that can be dilated, `(N, o, H, W)` to `(N, o, H', W')`."""
+        if self.dilation == (1, 1):
+            return F.avg_pool2d(y, self.kernel_size, self.stride)
+        window = self.window.to(y.dtype).expand(self.out_channels, -1, -1, -1)
+        return F.conv2d(y, window, None, self.stride, 0, self.dilation,
+                        self.out_channels) / self.kernel_size[0] ** 2
 
     def _reference(self) -> Tensor:
         return self.dbb_origin.conv.weight
@@ -233,21 +245,6 @@ class _BNAndPad(nn.Module):
             len(y), 1, height + 2 * top, width + 2 * left)
         padded[:, :, top:top + height, left:left + width] = y
         return padded
-
-
-class _Average(nn.Module):
-    """An average pooling that can be dilated."""
-
-    def __init__(self, size: int, stride: tuple[int, int], dilation: tuple[int, int]) -> None:
-        super().__init__()
-        self.size, self.stride, self.dilation = size, stride, dilation
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.dilation == (1, 1):
-            return F.avg_pool2d(x, self.size, self.stride)
-        channels = x.shape[1]
-        window = x.new_full((channels, 1, self.size, self.size), 1 / self.size**2)
-        return F.conv2d(x, window, None, self.stride, 0, self.dilation, channels)
 
 
 def _fuse(kernel: Tensor, bn: nn.Module, dtype: torch.dtype, device: torch.device
