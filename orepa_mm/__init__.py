@@ -14,10 +14,10 @@ from typing import Any
 
 from .version import __version__
 
-__all__ = ['__version__', 'reparameterize', 'verify']
+__all__ = ['__version__', 'expand', 'reparameterize', 'verify']
 
 #: Public names, and the rooms that they are loaded from when they are first used.
-_ROOMS = {'reparameterize': 'reparam', 'verify': 'reparam'}
+_ROOMS = {'expand': 'reparam', 'reparameterize': 'reparam', 'verify': 'reparam'}
 
 
 def __getattr__(name: str) -> Any:

@@ -86,7 +86,7 @@ def follows(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:
         conv: Any module.
         norm: Any module.
     """
-    if not (_computes_as(conv, nn.Conv2d, Conv2d)
+    if not (computes_as_conv2d(conv)
             and _computes_as(norm, _BatchNorm, nn.SyncBatchNorm)):
         return False
     order = getattr(parent, 'order', None)  # of mmcv's ConvModule
@@ -94,6 +94,15 @@ def follows(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:
             order.index('norm') != order.index('conv') + 1):
         return False
     return conv.out_channels == norm.num_features and norm.running_mean is not None
+
+
+def computes_as_conv2d(layer: nn.Module) -> bool:
+    """Whether a module is a stock convolution: not a subclass that computes more, nor hooked.
+
+    Args:
+        layer: Any module.
+    """
+    return _computes_as(layer, nn.Conv2d, Conv2d)
 
 
 def _computes_as(layer: nn.Module, *stock: type[nn.Module]) -> bool:
