@@ -25,8 +25,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.stem}-', suffix=path.suffix,
-                                         dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=_prefix(path.parent / path.stem, 'new'),
+                                         suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(temporary)
@@ -36,6 +36,24 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | Path) -> int:
+    """Remove the temporary files that killed processes of this machine left in a folder.
+
+    Args:
+        folder: Where `written_whole` wrote.
+
+    Returns:
+        How many there were.
+    """
+    pattern = re.compile(r'\..+\.new-' + re.escape(platform.node()) + r'-(\d+)-')
+    folder = Path(folder)
+    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_file()
+             and (match := pattern.match(path.name)) and not _is_alive(int(match[1]))]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..files import written_whole
+from ..files import remove_unfinished, written_whole
 
 #: Where MMEngine notes which checkpoint is the last, inside the work folder.
 LAST_CHECKPOINT = 'last_checkpoint'
@@ -24,8 +23,6 @@ LAST_CHECKPOINT = 'last_checkpoint'
 _BACKEND = 'orepa_mm_whole'
 #: In the message hub, and so in the checkpoint: names of what it makes superfluous.
 _OUTDATED = 'outdated_ckpts'
-#: What `written_whole` puts behind the stem of a temporary name, as a pattern.
-_RANDOM = '-????????'
 
 
 class WholeFileBackend(LocalBackend):
@@ -84,7 +81,10 @@ class WholeCheckpointHook(CheckpointHook):
         if is_main_process():
             self._remove_outdated()
             if self.backend_args == dict(backend=_BACKEND):
-                self._remove_unfinished(runner)
+                for folder in {self.out_dir, runner.work_dir}:
+                    if found := remove_unfinished(folder):
+                        runner.logger.info(f'removed {found} unfinished files that a killed run '
+                                           f'left in {folder}')
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         # the stock hook writes the pointer in place, into the runner's work folder
@@ -103,16 +103,6 @@ class WholeCheckpointHook(CheckpointHook):
         best = getattr(self, 'best_ckpt_path_dict', {}).values()
         self.file_backend.remove_now(
             {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best})
-
-    def _remove_unfinished(self, runner: Runner) -> None:
-        name = Path(re.sub(r'\{[^}]*\}', '*', self.filename_tmpl))
-        found = [*Path(self.out_dir).glob(f'.*{name.stem}{_RANDOM}{name.suffix}'),
-                 *Path(runner.work_dir).glob(f'.{LAST_CHECKPOINT}{_RANDOM}')]
-        for path in found:
-            path.unlink()
-        if found:
-            runner.logger.info(f'removed {len(found)} unfinished files that a killed run left in '
-                               f'{self.out_dir}')
 
 
 def use_whole_checkpoints(cfg: Config) -> None:

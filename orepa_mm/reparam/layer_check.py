@@ -45,6 +45,19 @@ def stored_errors(reference: nn.Module, after: nn.Module) -> tuple[dict[str, flo
              if name in found}, expected.keys() ^ found.keys())
 
 
+def other_settings(reference: nn.Module, after: nn.Module) -> set[str]:
+    """Layers of the same name that are set up differently: stride, eps and so on.
+
+    Args:
+        reference: Re-parameterized from the model before.
+        after: The model after.
+    """
+    others = dict(after.named_modules())
+    return {name for name, module in reference.named_modules()
+            if name in others and not module._modules and not others[name]._modules
+            and module.extra_repr() != others[name].extra_repr()}
+
+
 def errors_on_random_inputs(before: nn.Module, after: nn.Module
                             ) -> tuple[dict[str, float], list[str]]:
     """Run every layer with branches, and what stands in its place, on an input of its own.

@@ -43,7 +43,7 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
         run('output', lambda: model(inputs))
     elif proposals is None:
         run('features', lambda: model.extract_feat(inputs))
-        run('output', lambda: model(inputs, samples, mode='tensor'))
+        run('output', lambda: _tensor_mode(model, inputs, samples))
     else:
         run('features', lambda: model.extract_feat(inputs))
         for group, head in (
@@ -55,6 +55,16 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
             else:
                 failed[group] = 'it needs the features'
     return {name: tensor for name, tensor in flattened(outputs) if tensor.numel()}
+
+
+def _tensor_mode(model: nn.Module, inputs: Tensor, samples: list) -> object:
+    """What a model gives as tensors; some segmentors of several heads can only predict."""
+    try:
+        return model(inputs, samples, mode='tensor')
+    except Exception:
+        if not hasattr(model, 'encode_decode'):
+            raise
+        return model.encode_decode(inputs, [sample.metainfo for sample in samples])
 
 
 def own_proposals(model: nn.Module, batch: dict) -> list | None:

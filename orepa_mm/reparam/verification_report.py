@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import shortened
+
 #: How many lines of a kind are printed.
 _LINES = 8
 
@@ -67,8 +69,10 @@ class VerificationReport:
             that was squeezed in float64; and one per layer with branches, run
             on a random input of its own.
         skipped: What did not run, and why.
-        uncompared: Layers with branches, and stored tensors, that could not be
-            compared on their own: they have no counterpart of the same name.
+        uncompared: Layers with branches that could not be compared on their own:
+            they have no counterpart of the same name.
+        unmatched: Tensors that only one form has, and layers that are set up
+            differently (stride, eps): the model after is another network.
         unconverted: Layers of the model after that still generate their kernel.
         not_run: Layers with branches that no raw output depends on, e.g. of an
             auxiliary head: of these only `layers` tells.
@@ -85,6 +89,7 @@ class VerificationReport:
     layers: tuple[OutputError, ...] = ()
     skipped: tuple[SkippedOutputs, ...] = ()
     uncompared: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
     unconverted: tuple[str, ...] = ()
     not_run: tuple[str, ...] = ()
     dead: tuple[str, ...] = ()
@@ -94,9 +99,10 @@ class VerificationReport:
     def passed(self) -> bool:
         """Whether all that was compared agrees, and every group of outputs ran in float32.
 
-        False without outputs, and where a layer was not converted.
+        False without outputs, where a layer was not converted, and where the
+        model after is another network.
         """
-        return (bool(self.errors) and not self.unconverted
+        return (bool(self.errors) and not self.unconverted and not self.unmatched
                 and not any(skipped.dtype == 'float32' for skipped in self.skipped)
                 and all(error.passed for error in (*self.errors, *self.rounding, *self.layers)))
 
@@ -127,7 +133,7 @@ class VerificationReport:
                 'dtypes': {group: list(dtypes) for group, dtypes in self.dtypes().items()},
                 'skipped': [asdict(skipped) for skipped in self.skipped],
                 **{name: list(getattr(self, name))
-                   for name in ('unconverted', 'not_run', 'dead', 'uncompared')},
+                   for name in ('unconverted', 'unmatched', 'not_run', 'dead', 'uncompared')},
                 'first_difference': self.first_difference,
                 'layers': {'compared': len(self.layers), 'largest': largest and asdict(largest),
                            'failed': [asdict(e) for e in self.layers if not e.passed]},
@@ -143,6 +149,9 @@ class VerificationReport:
                    'that is not zero')
         if self.unconverted:
             yield f'not converted: {", ".join(self.unconverted)}'
+        if self.unmatched:
+            yield ('another network, only one form has or is set up so: '
+                   f'{shortened(self.unmatched)}')
         differ = False
         for title, errors in (
                 ('scale-relative errors of the raw outputs (infinite: not a finite number, or '

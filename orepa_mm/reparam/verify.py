@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from ..errors import NothingToConvertError
 from ..layers.precision import exact_float32
 from .fold import fold_batch_norm
-from .layer_check import errors_on_random_inputs, layers_with_branches, stored_errors
+from .layer_check import (
+    errors_on_random_inputs,
+    layers_with_branches,
+    other_settings,
+    stored_errors,
+)
 from .locate import first_differing_layer
 from .raw_outputs import describe, frozen, own_proposals, raw_outputs, scale_relative_error
 from .reparameterize import converted, unwrapped
@@ -69,7 +74,8 @@ def verify(before: nn.Module, after: nn.Module,
     return VerificationReport(
         errors=found.listed(found.errors), rounding=found.listed(found.rounding),
         layers=tuple(found.layers), skipped=tuple(found.skipped.values()),
-        uncompared=tuple(found.uncompared), unconverted=tuple(layers_with_branches(after)),
+        uncompared=tuple(found.uncompared), unmatched=tuple(found.unmatched),
+        unconverted=tuple(layers_with_branches(after)),
         not_run=tuple(found.not_run), dead=tuple(sorted(found.dead)),
         first_difference=found.first_difference)
 
@@ -84,6 +90,7 @@ class _Findings:
     layers: list[OutputError] = field(default_factory=list)
     skipped: dict[tuple[str, str, str], SkippedOutputs] = field(default_factory=dict)
     uncompared: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
     dead: set[str] = field(default_factory=set)
     first_difference: str | None = None
@@ -179,7 +186,8 @@ def _compare_layers(before: nn.Module, exact: nn.Module, after: nn.Module, store
     alone, layers = errors_on_random_inputs(before, stored)
     found.layers += [OutputError(name + _ALONE, 'float64', error, _by_rounding(found.unit))
                      for name, error in alone.items()]
-    found.uncompared = sorted(missed | set(layers))
+    found.uncompared = sorted(layers)
+    found.unmatched = sorted(missed | other_settings(exact, after))
 
 
 def _by_rounding(unit: float) -> float:

@@ -2,7 +2,10 @@
 
 import itertools
 import multiprocessing
+import os
+import platform
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -150,12 +153,17 @@ def test_what_a_killed_run_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_hook._RemovesLater, 'remove_now', lambda self, kept: None)
     run(tmp_path, max_iters=4, resume=True, **options)
     monkeypatch.undo()
-    for name in ('.iter_6-abcd_123.pth', '.best_acc_iter_6-abcd_123.pth',
-                 '.last_checkpoint-abcd_123', '.mine.pth', 'iter_1.pth'):
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    of = f'new-{platform.node()}-{dead.pid}-abcd'
+    alive = f'.iter_6.new-{platform.node()}-{os.getpid()}-abcd.pth'  # of a run beside this one
+    for name in (f'.iter_6.{of}.pth', f'.best_acc_iter_6.{of}.pth', f'.last_checkpoint.{of}', alive,
+                 '.mine.pth', 'iter_1.pth'):
         (tmp_path / name).write_text('')
     assert 'iter_2.pth' in written(tmp_path)
     run(tmp_path, max_iters=4, resume=True, **options)
-    assert written(tmp_path) == ['.mine.pth', 'iter_1.pth', 'iter_4.pth', 'last_checkpoint']
+    assert written(tmp_path) == sorted([alive, '.mine.pth', 'iter_1.pth', 'iter_4.pth',
+                                        'last_checkpoint'])
 
 
 def test_six_kills_lose_at_most_the_last_interval(tmp_path):

@@ -374,16 +374,17 @@ def test_blocks_whose_layers_have_other_names_afterwards():
     assert '0 (on a random input)' in failed_layers(verify(before, after, x))
 
 
-def test_what_cannot_be_compared_on_its_own_is_named():
+def test_other_names_are_another_network():
     before = randomize(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 1), OREPAConv2d(4, 4, 3)))
     after = reparameterize(before)
     after.append(nn.Identity())
     after.add_module('conv', after[2])  # every name is another one
     after[2] = nn.Identity()
     report = verify(before, after, images())
-    assert report.passed
-    assert report.uncompared == ('2', '2.bias', '2.weight', 'conv.bias', 'conv.weight')
-    assert 'for want of a counterpart of the same name: 2, ' in report.explain()
+    assert not report.passed
+    assert report.uncompared == ('2',)
+    assert report.unmatched == ('2', '2.bias', '2.weight', 'conv.bias', 'conv.weight')
+    assert 'another network, only one form has or is set up so: 2, 2.bias' in report.explain()
 
 
 def test_rounding_of_kernels_is_told_from_a_difference():

@@ -53,3 +53,28 @@ def test_settings_of_precision_are_left_as_they_were(setting):
     assert verify(before, reparameterize(before), torch.randn(2, 3, 16, 16)).passed
     assert set(inside) == {'ieee'}
     assert precision_settings() == settings
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda model: delattr(model, 'aux'), lambda model: setattr(model, 'more', nn.Conv2d(1, 1, 1)),
+    lambda model: setattr(model.aux, 'stride', (2, 2)), lambda model: setattr(model.aux_norm,
+                                                                             'eps', 0.1)])
+def test_another_network_is_not_passed_where_no_output_shows_it(spoil):
+    """What no raw output reads: its tensors and how it is set up are compared all the same."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.aux = OREPAConv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.aux_norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    before = randomize(Net()).eval()
+    after = reparameterize(before)
+    x = torch.randn(1, 3, 8, 8)
+    assert verify(before, after, x).passed
+    spoil(after)
+    report = verify(before, after, x)
+    assert not report.passed
+    assert 'another network' in report.explain()
