@@ -272,9 +272,15 @@ def without_reparam_test(cfg: Config) -> Config:
     """
     cfg = copy.deepcopy(cfg)
     if cfg.get('custom_hooks'):
-        cfg.custom_hooks = [hook for hook in cfg.custom_hooks if not isinstance(hook, dict) or hook[
-            'type'] not in (ReparamTestHook, ReparamTestHook.__name__)]
+        cfg.custom_hooks = [hook for hook in cfg.custom_hooks
+                            if not isinstance(hook, dict) or not _is_reparam_test(hook['type'])]
     return cfg
+
+
+def _is_reparam_test(kind: Any) -> bool:
+    """Whether a config's `type` is this hook: the class, its name, with a scope or a module."""
+    return kind is ReparamTestHook or (
+        isinstance(kind, str) and kind.rpartition('.')[2] == ReparamTestHook.__name__)
 
 
 def _largest_errors(report: VerificationReport) -> str:

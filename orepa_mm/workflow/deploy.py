@@ -212,18 +212,12 @@ class _Deployment:
 
 
 def _require_files(folder: Path, checkpoint: Path) -> None:
-    """Refuse to overwrite the input, or to mix with files of an earlier run; before long work."""
+    """Refuse to overwrite the input, before long work."""
     if not checkpoint.is_file():
         raise FileNotFoundError(f'there is no checkpoint {checkpoint}')
     if checkpoint.resolve() in {(folder / name).resolve() for name in _OUTPUTS}:
         raise FileExistsError(f'the output {folder / checkpoint.name} would overwrite the input: '
                               'choose another folder with --out')
-    stale = sorted(path.name for path in folder.glob('*')
-                   if path.suffix == '.onnx' or path.name == 'model.safetensors')
-    if stale:
-        raise FileExistsError(f'{folder} holds {", ".join(stale)} of an earlier run, which would '
-                              'not belong to the new checkpoint: delete it, or choose another '
-                              'folder with --out')
 
 
 def _require_training_form(model: nn.Module, checkpoint: Path) -> None:

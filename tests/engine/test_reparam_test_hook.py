@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomize
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseDataPreprocessor, BaseModel, BaseTTAModel
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 
 from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.engine import reparam_test_hook
-from orepa_mm.engine.reparam_test_hook import ReparamTestHook
+from orepa_mm.engine.reparam_test_hook import ReparamTestHook, without_reparam_test
 from orepa_mm.errors import ConfigError, NothingToConvertError, VerificationError
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d
 from orepa_mm.reparam import is_training_form, reparameterize
@@ -487,3 +488,13 @@ def test_augmentation_at_test_time_is_kept(tmp_path):
                                rtol=1e-5, atol=1e-5)
     assert not log_of(tmp_path, 'ERROR')
     assert [line for line in log_of(tmp_path, 'INFO') if 'agree on batch 0' in line]
+
+
+@pytest.mark.parametrize('kind', [
+    ReparamTestHook, 'ReparamTestHook', 'mmengine.ReparamTestHook', 'mmdet.ReparamTestHook',
+    'orepa_mm.engine.reparam_test_hook.ReparamTestHook'])
+def test_a_config_without_the_hook_however_it_is_named(kind):
+    """Else `reparam` would compare the deployed form with itself."""
+    cfg = Config(dict(custom_hooks=[dict(type='EMAHook'), dict(type=kind)]))
+    assert [hook['type'] for hook in without_reparam_test(cfg).custom_hooks] == ['EMAHook']
+    assert len(cfg.custom_hooks) == 2
