@@ -4,14 +4,16 @@ import re
 
 import pytest
 import torch
+import torchvision
 import yaml
 from batches import tiny_batch
-from helpers import ROOT, on_meta_device, relative_error, vary_scales
+from helpers import ROOT, on_meta_device, randomize, relative_error, vary_scales
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from orepa_mm.export import deploy_config
 from orepa_mm.layers import reparam_layers
@@ -74,14 +76,21 @@ def test_builds_and_deploys_to_a_stock_model(path):
 
 #: Options that are numbers of channels.
 WIDTHS = ('base_channels', 'stem_channels', 'in_channels', 'out_channels', 'channels',
-          'feat_channels', 'fc_out_channels', 'conv_out_channels', 'c1_in_channels', 'c1_channels')
+          'feat_channels', 'fc_out_channels', 'conv_out_channels', 'c1_in_channels', 'c1_channels',
+          'last_in_channels')
 
 
 def narrow(cfg):
-    """An eighth of all channels, in place; the full width is built without memory above."""
+    """An eighth of all channels but those of the image, in place.
+
+    The full width is built without memory above.
+    """
     for key, value in cfg.items():
         if key in WIDTHS:
-            cfg[key] = [n // 8 for n in value] if isinstance(value, list) else value // 8
+            cfg[key] = ([n // 8 for n in value] if isinstance(value, (list, tuple))
+                        else value // 8 or value)
+        elif key == 'widen_factor':
+            cfg[key] = value / 8
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, dict):
                 narrow(part)
@@ -91,31 +100,37 @@ def narrow(cfg):
 def test_trains_and_deploys_to_the_same_function(path):
     """One step on a tiny batch, then both forms on real values everywhere."""
     cfg = load(path)
-    if 'light' not in path.stem:
+    if cfg.model.type == 'Expanded':
+        narrow(cfg.model)
+    elif 'light' not in path.stem:
         cfg.model.backbone.setdefault('base_channels', 64)
         if 'arch' not in cfg.model.backbone:  # a RepVGG's stem follows
             cfg.model.backbone.setdefault('stem_channels', 64)
         if 'groups' in cfg.model.backbone:
             cfg.model.backbone.groups = 4
         narrow(cfg.model)
-    cfg.model.backbone.init_cfg = None
-    cfg.model.backbone.frozen_stages = -1
+    cfg.model.backbone.pop('init_cfg', None)
+    if 'frozen_stages' in cfg.model.backbone:
+        cfg.model.backbone.frozen_stages = -1
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (64, 64)
     model = MODELS.build(cfg.model)
     model.init_weights()
     data = tiny_batch(cfg.default_scope)
+    if cfg.default_scope == 'mmdet' and not model.with_mask:  # else RTMDet would read them
+        for sample in data['data_samples']:
+            del sample.gt_instances.masks
     vary_scales(model)
     calibrate(model, data)
-    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     model.train()
     losses = model.train_step(data, optim_wrapper)
     assert all(value.isfinite().all() for value in losses.values())
-    changed = {name for name, p in model.backbone.named_parameters()
-               if not torch.equal(p, before[name])}
-    for name, layer in model.backbone.named_modules():
-        if layer in set(reparam_layers(model.backbone)):
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    layers = set(reparam_layers(model))
+    for name, layer in model.named_modules():
+        if layer in layers:
             assert any(key.startswith(f'{name}.') for key in changed), f'{name} did not learn'
 
     calibrate(model, data)
@@ -147,6 +162,7 @@ def calibrate(model, data):
 
 STOCK = {
     'faster-rcnn_orepa-r50_fpn_1x_coco': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'faster-rcnn_orepa-r50-in1k_fpn_1x_coco': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
     'mask-rcnn_orepa-r50_fpn_1x_coco': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
     'retinanet_dbb-r50_fpn_1x_coco': 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
     'pspnet_orepa-r50-d8_4xb2-40k_cityscapes-512x1024':
@@ -170,13 +186,85 @@ def test_differs_from_the_stock_config_in_backbone_and_optimizer_options_only(na
     stock = theirs['model'].pop('backbone')
     backbone = ours['model'].pop('backbone')
     assert backbone.pop('type') in ('OREPAResNet', 'DBBResNet')
-    assert backbone.pop('init_cfg')['checkpoint'].startswith('checkpoints/')
-    for key in ('type', 'init_cfg'):
-        stock.pop(key, None)
+    init_cfg, stock_init_cfg = backbone.pop('init_cfg'), stock.pop('init_cfg', None)
+    if 'dbb' in name or 'in1k' in name:
+        assert init_cfg['checkpoint'].startswith('checkpoints/')
+    elif stock_init_cfg is not None:  # segmentors: of a network with another stem
+        assert init_cfg == {k: v for k, v in stock_init_cfg.items() if k != '_scope_'}
+    stock.pop('type')
     for model in (ours['model'], theirs['model']):
         model.pop('pretrained', None)
     assert _without_scope(backbone) == _without_scope(stock)
     assert _without_scope(ours) == _without_scope(theirs)
+
+
+@pytest.mark.parametrize(('name', 'base'), [
+    ('rtmdet_orepa-tiny_8xb32-300e_coco', 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'),
+    ('orepa-stdc1_4xb12-80k_cityscapes-512x1024',
+     'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py'),
+])
+def test_expanded_configs_differ_from_the_stock_config_in_the_wrapper_only(name, base):
+    ours = load(next(path for path in CONFIGS if path.stem == name))
+    theirs = get_config(base)
+    theirs.model.pop('pretrained', None)
+    deployed = _without_scope(deploy_config(ours).to_dict())
+    assert deployed == _without_scope(deploy_config(theirs).to_dict())
+    assert ours.custom_imports.imports == ['orepa_mm']
+    assert ours.model.pop('expand')['conv_cfg'] == dict(type='OREPA')
+    ours.model.type = ours.model.pop('model_type')
+    for key in ('custom_imports', 'reparam'):
+        ours.pop(key)
+    assert _without_scope(ours.to_dict()) == _without_scope(theirs.to_dict())
+
+
+PLAIN_STARTS = [path for path in CONFIGS if re.search(
+    r'_orepa-(r18|r50|r101|x50-32x4d)(-d8)?_', path.name) and 'light' not in path.name]
+
+
+def test_every_config_that_can_starts_from_plain_weights():
+    """And has a child that starts from the authors', which differs in nothing else."""
+    assert len(PLAIN_STARTS) == 16
+    for path in PLAIN_STARTS:
+        child = path.with_name(re.sub(r'(_orepa-[^_]*)', r'\1-in1k', path.name))
+        authors, plain = Config.fromfile(child), Config.fromfile(path)
+        start = authors.model.backbone.pop('init_cfg')
+        assert start.prefix == 'backbone.'
+        assert re.fullmatch(r'checkpoints/orepa-res\S+_in1k\.pth', start.checkpoint)
+        assert str(plain.model.backbone.depth) in start.checkpoint
+        assert plain.model.backbone.pop('init_cfg').checkpoint.startswith('torchvision://')
+        assert authors.to_dict() == plain.to_dict()
+
+
+@pytest.mark.parametrize('path', PLAIN_STARTS, ids=lambda path: path.stem)
+def test_the_plain_weights_fit_the_backbone(path):
+    """By names and shapes; torchvision itself says what lies at its address."""
+    cfg = load(path)
+    name = cfg.model.backbone.init_cfg.checkpoint.removeprefix('torchvision://')
+    with on_meta_device():
+        theirs = torchvision.models.get_model(name, weights=None).state_dict()
+        backbone = MODELS.build(deploy_config(cfg).model.backbone)
+    assert {k: v.shape for k, v in backbone.state_dict().items()} == {
+        k: v.shape for k, v in theirs.items() if not k.startswith('fc.')}
+
+
+def test_a_plain_start_is_the_plain_network(tmp_path, monkeypatch):
+    """From torchvision's address, as it lies in the cache after a download."""
+    cfg = load(next(path for path in PLAIN_STARTS if path.name.startswith('faster-rcnn_orepa-r18')))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    file = tmp_path / 'hub' / 'checkpoints' / url.rpartition('/')[2]
+    file.parent.mkdir(parents=True)
+    plain = randomize(torchvision.models.resnet18())
+    torch.save(plain.state_dict(), file)
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.init_weights()
+    assert is_training_form(backbone)
+    features = create_feature_extractor(plain.double().eval(), [f'layer{i}' for i in range(1, 5)])
+    backbone.double().eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for found, expected in zip(backbone(x), features(x).values(), strict=True):
+            assert relative_error(found, expected) < 1e-4
 
 
 def test_every_backbone_learns_at_the_authors_recipe():

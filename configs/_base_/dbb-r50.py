@@ -4,7 +4,8 @@ reparam = dict(
     backbone=dict(
         type='DBBResNet',
         depth=50,
-        # ImageNet weights in training form, see docs/transfer.md
+        # ImageNet weights in training form (plain ones cannot be expanded):
+        # see docs/transfer.md
         init_cfg=dict(
             type='Pretrained',
             checkpoint='checkpoints/dbb-resnet50_in1k.pth',

@@ -4,9 +4,6 @@ reparam = dict(
     backbone=dict(
         type='OREPAResNet',
         depth=101,
-        # ImageNet weights in training form, see docs/transfer.md
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='checkpoints/orepa-resnet101_in1k.pth',
-            prefix='backbone.')),
+        # plain ImageNet weights, expanded on loading: see docs/transfer.md
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101')),
     channels=[256, 512, 1024, 2048])

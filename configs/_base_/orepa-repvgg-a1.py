@@ -8,7 +8,8 @@ reparam = dict(
         out_indices=(0, 1, 2, 3),
         frozen_stages=1,
         norm_eval=True,
-        # ImageNet weights in training form, see docs/transfer.md
+        # ImageNet weights in training form (torchvision has no plain ones):
+        # see docs/transfer.md
         init_cfg=dict(
             type='Pretrained',
             checkpoint='checkpoints/orepa-repvgg-A1_in1k.pth',

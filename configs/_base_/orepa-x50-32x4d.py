@@ -6,9 +6,6 @@ reparam = dict(
         depth=50,
         groups=32,
         base_width=4,
-        # ImageNet weights in training form, see docs/transfer.md
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='checkpoints/orepa-resnext50-32x4d_in1k.pth',
-            prefix='backbone.')),
+        # plain ImageNet weights, expanded on loading: see docs/transfer.md
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnext50_32x4d')),
     channels=[256, 512, 1024, 2048])

@@ -62,6 +62,16 @@ def resolved(found: Any) -> Any:
     return found.home_class() if hasattr(found, 'home_class') else found
 
 
+def scope_of(backbone: type) -> str:
+    """The scope in which one of our backbones is registered, and its stock class as well.
+
+    Args:
+        backbone: The class.
+    """
+    module = backbone.__module__.rpartition('.')[2]
+    return next(package for package, (_, ours, _) in PACKAGES.items() if ours == module)
+
+
 def _notice_new_children(root: Registry) -> None:
     """Add our location to a toolbox's registry as soon as that registry is made."""
     add_child = root._add_child

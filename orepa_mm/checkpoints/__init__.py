@@ -2,6 +2,7 @@
 
 from .architectures import PUBLISHED, Architecture, recognize_architecture
 from .doors import guard_doors
+from .expansion import expanded_state_dict
 from .guard import guard_mmengine, require_same_form
 from .io import load_checkpoint, model_state_dict
 from .loading import load_pretrained, load_weights
@@ -9,8 +10,8 @@ from .official import convert_official_block, convert_official_state_dict, read_
 from .safe_globals import allow_runner_checkpoints
 
 __all__ = ['PUBLISHED', 'Architecture', 'allow_runner_checkpoints',
-           'convert_official_block', 'convert_official_state_dict', 'guard_doors',
-           'guard_mmengine', 'load_checkpoint', 'load_pretrained', 'load_weights',
+           'convert_official_block', 'convert_official_state_dict', 'expanded_state_dict',
+           'guard_doors', 'guard_mmengine', 'load_checkpoint', 'load_pretrained', 'load_weights',
            'model_state_dict', 'read_classifier', 'recognize_architecture', 'require_same_form']
 
 allow_runner_checkpoints()

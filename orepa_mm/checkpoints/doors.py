@@ -24,6 +24,7 @@ from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
 from ..errors import CheckpointError
 from ..files import sha256
+from .forms import note
 from .io import read_file
 
 
@@ -60,7 +61,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     path = Path(filename).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'{path} can not be found.')
-    return read_file(path, map_location, weights_only=None)
+    return _with_source(read_file(path, map_location, weights_only=None), filename)
 
 
 def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None,
@@ -92,6 +93,17 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: str | Non
         torch.distributed.barrier()
         if rank > 0:  # on another machine this downloads it there
             checkpoint = _download_and_read(filename, map_location, model_dir, progress)
+    return _with_source(checkpoint, filename)
+
+
+def _with_source(checkpoint: Any, source: str) -> Any:
+    """The checkpoint, whose weights carry where they come from."""
+    state = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
+    if isinstance(state, dict):
+        checkpoint['state_dict'] = note(state, source=source)
+    elif isinstance(checkpoint, dict) and any(isinstance(value, torch.Tensor)
+                                              for value in checkpoint.values()):
+        return note(checkpoint, source=source)
     return checkpoint
 
 
@@ -117,7 +129,10 @@ def _download(address: str, path: Path, progress: bool) -> None:
         download_url_to_file(address, str(path), progress=progress)
     except (OSError, http.client.HTTPException) as error:
         raise CheckpointError(f'{address} cannot be downloaded to {path}: '
-                              f'{type(error).__name__}: {error}') from error
+                              f'{type(error).__name__}: {error}\nWithout a network: put the file '
+                              'there, or name a local one, or train from scratch '
+                              '(--cfg-options model.backbone.init_cfg.checkpoint=FILE, or '
+                              'model.backbone.init_cfg=None)') from error
     named = HASH_REGEX.search(path.name)
     if named and len(named[1]) >= 8 and not sha256(path).startswith(named[1]):
         print_log(f'{address}: the name says that the SHA-256 of the file begins with {named[1]}, '

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-#: A branch of an OREPA block, or its scaling vectors: only a training form has them.
-_BRANCH = re.compile(r'\.(weight_(orepa|or1x1|rbr)_\w+|vector)$')
+#: A branch of an OREPA block: only a training form has them. (`vector` is a name of others too.)
+_BRANCH = re.compile(r'\.weight_(orepa|or1x1|rbr)_\w+$')
 _DBB = re.compile(r'\.dbb_(origin|avg|1x1|1x1_kxk)\.')
 #: The one convolution of a block that the authors' code re-parameterized.
 _DEPLOYED_BY_AUTHORS = re.compile(r'\.(orepa|or1x1|or_large|rbr|dbb)_reparam\.')
@@ -19,7 +19,7 @@ _SEGMENTOR_PARTS = frozenset({'decode_head', 'auxiliary_head'})
 
 
 def is_branch_key(key: str) -> bool:
-    """Whether only a training form has this key: a branch, or its scaling vectors.
+    """Whether only a training form has this key: that of a branch.
 
     Args:
         key: Of a state dict.
@@ -36,34 +36,36 @@ def is_in_authors_names(keys: Collection[str]) -> bool:
     return any(map(_BRANCH.search, keys)) and any(re.match(r'stage\d\.', key) for key in keys)
 
 
-def note_form(state_dict: Mapping[str, Any], form: str) -> OrderedDict[str, Any]:
-    """Let weights carry the form that the `meta` of their checkpoint names.
+def note(state_dict: Mapping[str, Any], **notes: str | None) -> OrderedDict[str, Any]:
+    """Let weights carry what is known of their checkpoint: its `form`, its `source`.
 
     MMEngine hands on the weights alone, and in a folded form's keys nothing is
     certain: they may be those of any network without BN. It hands on
-    PyTorch's own notes beside them (`_metadata`), where this one is put.
+    PyTorch's own notes beside them (`_metadata`), where these are put.
 
     Args:
         state_dict: The weights; left as they are.
-        form: For example `folded`.
+        **notes: For example `form='folded'`; None notes nothing.
 
     Returns:
-        The same weights with the note, see `noted_form`.
+        The same weights with the notes, see `noted`.
     """
-    noted = OrderedDict(state_dict)
-    notes = getattr(state_dict, '_metadata', None) or {}
-    noted._metadata = OrderedDict({**notes, '': {**notes.get('', {}), 'form': form}})
-    return noted
+    result = OrderedDict(state_dict)
+    before = getattr(state_dict, '_metadata', None) or {}
+    notes = {name: value for name, value in notes.items() if value is not None}
+    result._metadata = OrderedDict({**before, '': {**before.get('', {}), **notes}})
+    return result
 
 
-def noted_form(state_dict: Mapping[str, Any]) -> str | None:
-    """The form that `note_form` noted, or None.
+def noted(state_dict: Mapping[str, Any], name: str) -> str | None:
+    """What `note` noted under a name, or None.
 
     Args:
         state_dict: Of a model or of a part of it.
+        name: `form` or `source`.
     """
     notes = getattr(state_dict, '_metadata', None) or {}
-    return notes.get('', {}).get('form')
+    return notes.get('', {}).get(name)
 
 
 def training_form_of(keys: Collection[str]) -> str:

@@ -6,23 +6,33 @@ MMEngine would warn of missing keys, leave random weights, and go on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import mmengine.runner
 import mmengine.runner.checkpoint
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import FlexibleRunner, Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CheckpointError, shortened
 from ..layers import reparam_layers
-from .forms import is_branch_key, is_in_authors_names, noted_form
+from .expansion import (
+    expanded_state_dict,
+    folded_layers,
+    has_plain_kernel,
+    named_layers,
+    without_wrappers,
+)
+from .forms import is_branch_key, is_in_authors_names, noted
 
 #: MMPretrain's RepVGG block: its one convolution when deployed, and what it is made from.
 _REPVGG_DEPLOYED, _REPVGG_TRAINING = 'branch_reparam', 'branch_3x3'
 _REPARAM = ('  mim run orepa_mm reparam TRAINING_CONFIG CHECKPOINT --out DIR{}\n'
             'and use DIR/config.py with DIR/model.pth')
+#: Whether a runner is resuming: the state of its optimizer belongs to the form of the weights.
+_resuming: ContextVar[bool] = ContextVar('resuming', default=False)
 #: What to do, by (form of the checkpoint, form of the model).
 _FIXES = {
     ('training', 'plain'): 'Re-parameterize it with the config that it was trained with:\n'
@@ -30,10 +40,16 @@ _FIXES = {
     ('training', 'folded'): 'Re-parameterize it with the config that it was trained with:\n'
                             + _REPARAM.format(' --form folded'),
     ('plain', 'training'):
-        'The branches cannot be recovered from a kernel. Use the config that lies beside the '
-        'checkpoint (or deploy=True in the backbone); to train on with OREPA, give the checkpoint '
-        'in training form, or pretrained weights in training form:\n'
-        '  mim run orepa_mm convert_checkpoint AUTHORS_FILE OUT',
+        'To use the checkpoint as it is, take the config that lies beside it (or deploy=True in '
+        'the backbone). To train on from it with OREPA, give it as load_from or in init_cfg: '
+        'there it is expanded. A run cannot be resumed from it: the state of its optimizer is '
+        'that of other parameters. DBB blocks and the blocks of a deployed RepVGG have a BN in '
+        'each branch, which a kernel does not tell: they need a checkpoint in training form',
+    ('folded', 'training'):
+        'The BN cannot be told from folded weights. Use the config that lies beside the '
+        'checkpoint; to train on with OREPA, give the plain form as load_from or in init_cfg, '
+        'where it is expanded: the stock checkpoint, or what is written from a checkpoint in '
+        'training form by\n' + _REPARAM.format(''),
     ('folded', 'plain'): 'Use the config that lies beside it, or write the plain form from the '
                          'checkpoint in training form:\n' + _REPARAM.format(''),
     ('plain', 'folded'): 'Use the config that lies beside it, or write the folded form from the '
@@ -64,15 +80,15 @@ def require_same_form(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: If the forms differ, the names are those of the
             authors' code, or a layer in training form would get some of its
-            tensors but not all (missing, or of another shape). It names the
-            forms or the tensors, a layer, and what mends it.
+            tensors but not all (missing, or of another shape), or a plain kernel
+            beside them. It names the forms or the tensors, a layer, and what
+            mends it.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = without_wrappers(model)
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     layers = set(reparam_layers(model))
     folded = _folded_norms(model)
-    written_as_folded = noted_form(state_dict) == 'folded'
+    written_as_folded = noted(state_dict, 'form') == 'folded'
     if not (layers or folded or written_as_folded or any(map(is_branch_key, tensors))):
         return
     found = (_mismatch_of_branches(model, layers, tensors)
@@ -81,19 +97,21 @@ def require_same_form(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         theirs, ours, layer = found
         raise CheckpointError(
             f'the checkpoint is in {theirs} form, but the model is in {ours} form (at {layer}). '
-            + _FIXES.get((theirs, ours), _FIXES['plain', 'training']))
+            + _FIXES[theirs, ours])
     if is_in_authors_names(tensors) and not tensors.keys() & model.state_dict().keys():
         raise CheckpointError(
             "the checkpoint is in training form and in the names of the authors' code, which no "
             'model of OpenMMLab has. Convert it:\n'
             '  mim run orepa_mm convert_checkpoint CHECKPOINT CONVERTED')
-    _require_whole_layers(model, layers, tensors)
+    _require_whole_layers(model, tensors)
 
 
 def guard_mmengine() -> None:
-    """Let MMEngine check the form wherever it loads weights: `load_from`, `init_cfg`, resume, EMA.
+    """Let MMEngine expand plain weights and check the form wherever it loads weights.
 
-    It wraps the one function that all of these call. A second call does nothing.
+    It wraps the one function that `load_from`, `init_cfg`, `init_detector`, resume
+    and EMA call. While a run is resumed nothing is expanded: plain weights that
+    meet a training form are an error. A second call does nothing.
     """
     load = mmengine.runner.checkpoint.load_state_dict
     if hasattr(load, 'checks_form'):
@@ -101,17 +119,35 @@ def guard_mmengine() -> None:
 
     @functools.wraps(load)
     def checked(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not _resuming.get():
+            state_dict = expanded_state_dict(module, state_dict)
         require_same_form(module, state_dict)
         return load(module, state_dict, *args, **kwargs)
 
     checked.checks_form = True
     mmengine.runner.checkpoint.load_state_dict = checked
     mmengine.runner.load_state_dict = checked
+    for runner in (Runner, FlexibleRunner):
+        runner.resume = _noticed(runner.resume)
+
+
+def _noticed(resume: Callable) -> Callable:
+    """The method, during which `_resuming` is true."""
+    @functools.wraps(resume)
+    def noticed(*args: Any, **kwargs: Any) -> Any:
+        token = _resuming.set(True)
+        try:
+            return resume(*args, **kwargs)
+        finally:
+            _resuming.reset(token)
+
+    return noticed
 
 
 def _mismatch_of_branches(model: nn.Module, layers: Collection[nn.Module],
-                          keys: Collection[str]) -> tuple[str, str, str] | None:
-    """(form of the keys, form of the model, layer) if only one of them has branches."""
+                          keys: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
+    """(form of the weights, form of the model, layer) if only one of them has branches."""
+    folded = folded_layers(model, keys)
     with_branches = {prefix for key in keys if is_branch_key(key) for prefix in _prefixes(key)}
     inside = {module for layer in layers for module in layer.modules()}
     form = 'folded' if _folded_norms(model) else 'plain'
@@ -119,9 +155,10 @@ def _mismatch_of_branches(model: nn.Module, layers: Collection[nn.Module],
         parent, _, last = name.rpartition('.')
         if module in layers and name not in with_branches:
             block = parent.rpartition('.')[0] if parent.endswith(_REPVGG_TRAINING) else None
-            if f'{name}.weight' in keys:
-                return 'folded' if f'{name}.bias' in keys and module.bias is None else 'plain', \
-                    'training', name
+            prefix = f'{name}.' if name else ''
+            # one of another shape is that of another network
+            if has_plain_kernel(module, prefix, keys):
+                return 'folded' if prefix in folded else 'plain', 'training', name or 'the layer'
             if block is not None and f'{block}.{_REPVGG_DEPLOYED}.weight' in keys:
                 return 'plain', 'training', name
         elif isinstance(module, nn.Conv2d) and module not in inside and (
@@ -149,24 +186,28 @@ def _mismatch_of_folding(model: nn.Module, folded: Collection[str], written_as_f
     return ('folded', 'plain', extra) if without_norm and extra is not None else None
 
 
-def _require_whole_layers(model: nn.Module, layers: Collection[nn.Module],
-                          tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights for a part of a layer's branches: the others would stay at random."""
-    for name, layer in model.named_modules():
-        if layer not in layers:
-            continue
+def _require_whole_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a part of a layer's branches, the rest would stay at random; and a layer twice."""
+    for prefix, layer in named_layers(model):
+        name = prefix.rstrip('.') or 'the layer'
         # what a runner leaves at 0 where it is missing is no weight
-        own = {key: tensor.shape for key, tensor in layer.state_dict(
-            prefix=f'{name}.' if name else '').items() if not key.endswith('num_batches_tracked')}
+        own = {key: tensor.shape for key, tensor in layer.state_dict(prefix=prefix).items()
+               if not key.endswith('num_batches_tracked')}
+        plain = f'{prefix}weight' in tensors
+        if plain and not (own.keys() - {f'{prefix}bias'}) & tensors.keys():
+            continue  # of another shape, which MMEngine says
         missing = [key for key in own if key not in tensors]
         others = [key for key in own if key in tensors and tensors[key].shape != own[key]]
         if 0 < len(missing) + len(others) < len(own):
             raise CheckpointError(
-                f'the checkpoint has only a part of {name or "the layer"}, which is in training '
+                f'the checkpoint has only a part of {name}, which is in training '
                 f'form ({type(layer).__name__}), and the rest would stay at its random value: '
                 + '; '.join([f'there is no {shortened(missing)}'] * bool(missing)
                             + [f'size mismatch for {shortened(others)}'] * bool(others))
                 + '. Give a whole checkpoint of this network, or leave the layer out of it')
+        if plain and not missing:
+            raise CheckpointError(f'the checkpoint has {name} twice: a plain kernel '
+                                  f'({prefix}weight) and branches. Leave one of them out of it')
 
 
 def _folded_norms(model: nn.Module) -> list[str]:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .forms import note_form, noted_form
+from .forms import note, noted
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file without running code from it.
 
     Args:
-        path: A local file written by `torch.save`.
+        path: A local file written by `torch.save`; `~` is the home folder.
 
     Returns:
         The dictionary that it holds, on the CPU; see `read_file`.
@@ -31,7 +31,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: If the file is damaged, holds anything but tensors and
             the plain data of a runner's checkpoint, or is no dictionary.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
     checkpoint = read_file(path)
@@ -56,7 +56,7 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
 
     Returns:
         What it holds. If that is a checkpoint whose `meta` names its form, the
-        state dict carries it, see `noted_form`.
+        state dict carries it, see `noted`.
 
     Raises:
         CheckpointError: If the file is damaged, or holds anything but tensors
@@ -76,7 +76,7 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
     if isinstance(content, dict):
         meta, state = content.get('meta'), content.get('state_dict')
         if isinstance(meta, Mapping) and meta.get('form') and isinstance(state, dict):
-            content['state_dict'] = note_form(state, meta['form'])
+            content['state_dict'] = note(state, form=meta['form'])
     return content
 
 
@@ -115,7 +115,7 @@ def below(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     Returns:
         The state dict of that part of the model. It keeps the versions of the
         modules, by which their code knows the names of older files, and the
-        form that is noted.
+        notes about the checkpoint.
     """
     part = OrderedDict((key.removeprefix(prefix), value) for key, value in state_dict.items()
                        if isinstance(value, Tensor) and key.startswith(prefix))
@@ -123,8 +123,29 @@ def below(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     part._metadata = OrderedDict(
         (f'{name}.'.removeprefix(prefix).rstrip('.'), value) for name, value in versions.items()
         if not prefix or f'{name}.'.startswith(prefix))
-    form = noted_form(state_dict)
-    return part if form is None else note_form(part, form)
+    notes = {name: noted(state_dict, name) for name in ('form', 'source')}
+    return note(part, **notes) if any(notes.values()) else part
+
+
+def require_values(key: str, value: Tensor, own: Tensor | None, owner: str) -> None:
+    """Refuse a tensor that is no weight.
+
+    Args:
+        key: What it is called.
+        value: The tensor.
+        own: The tensor of the model that it is for, whose type tells what is needed.
+        owner: What to call the model.
+
+    Raises:
+        CheckpointError: If it is no ordinary tensor with values, not floating
+            where the model's is, or not finite.
+    """
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        raise CheckpointError(f'{key} is no ordinary tensor with values')
+    if own is not None and own.is_floating_point() and not value.is_floating_point():
+        raise CheckpointError(f'{key} is of type {value.dtype}, where {owner} has {own.dtype}')
+    if value.is_floating_point() and not value.isfinite().all():
+        raise CheckpointError(f'{key} holds values that are not finite (NaN or Inf)')
 
 
 def _verified(path: Path) -> Path | io.BytesIO:

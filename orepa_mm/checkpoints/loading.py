@@ -6,20 +6,21 @@ model as it was.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, shortened
+from .expansion import expanded_state_dict
 from .guard import require_same_form
-from .io import below, load_checkpoint, model_state_dict
+from .io import below, load_checkpoint, model_state_dict, require_values
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
         CheckpointError: If a key is missing or unknown, a shape differs, a
             tensor is not finite or not floating where the model's is, or the
             checkpoint is of another form than the model, see
-            `require_same_form`. The model is as it was.
+            `require_same_form`: nothing is expanded here, where a model is
+            tested or re-parameterized. The model is as it was.
     """
     checkpoint = load_checkpoint(path)
     state = model_state_dict(checkpoint)
@@ -54,6 +56,8 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
     MMEngine alone would only warn of missing or misshapen weights. Weights that
     lie in no part of the module are left out, with a line in the log: the head
     of a classifier (`fc.*`), and whole stages if the module was built with fewer.
+    Plain weights that meet a module in training form are expanded, see
+    `expanded_state_dict`.
 
     Args:
         module: For example a backbone.
@@ -66,8 +70,9 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
         CheckpointError: If a key of the module is missing, a part of the module
             has not all the layers that the weights are for (those of a deeper
             network), a shape differs, a tensor is not finite or not floating
-            where the module's is, or the weights are of another form, see
-            `require_same_form`. The module is as it was.
+            where the module's is, the weights are of another form that is not
+            expanded, see `require_same_form`, or a layer cannot generate its
+            kernel, see `expanded_state_dict`. The module is as it was.
     """
     if '://' in source:
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
@@ -79,6 +84,8 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
         state = below(state, prefix)
         if not state:
             raise CheckpointError(f'{source} has no key that begins with {prefix}')
+    with _named(source):
+        state = expanded_state_dict(module, state, source)
     unused = _check(module, state, source)
     parts = {key.partition('.')[0] for key in module.state_dict()}
     of_other_layers = [key for key in unused if key.partition('.')[0] in parts]
@@ -92,10 +99,8 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
 
 def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> list[str]:
     """The keys that the module does not have; an error if what it has does not fit."""
-    try:
+    with _named(source):
         require_same_form(module, state)
-    except CheckpointError as error:
-        raise CheckpointError(f'{source}: {error}') from error
     twin = _without_memory(module)
     try:
         with warnings.catch_warnings():
@@ -129,15 +134,18 @@ def _without_memory(module: nn.Module) -> nn.Module:
 def _check_values(module: nn.Module, state: Mapping[str, Tensor], unused: Collection[str],
                   source: str | Path) -> None:
     """Refuse tensors that are no weights, among those that would be written."""
-    unused = set(unused)
     own = module.state_dict()
+    unused = set(unused)
     for key, value in state.items():
-        if key in unused:
-            continue
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise CheckpointError(f'{source}: {key} is no ordinary tensor with values')
-        if key in own and own[key].is_floating_point() and not value.is_floating_point():
-            raise CheckpointError(f'{source}: {key} is of type {value.dtype}, where '
-                                  f'{type(module).__name__} has {own[key].dtype}')
-        if value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(f'{source}: {key} holds values that are not finite (NaN or Inf)')
+        if key not in unused:
+            with _named(source):
+                require_values(key, value, own.get(key), type(module).__name__)
+
+
+@contextlib.contextmanager
+def _named(source: str | Path) -> Iterator[None]:
+    """Let errors about weights begin with where they come from."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f'{source}: {error}') from error

@@ -14,10 +14,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import nn
 
-from ..backbones.registration import resolved
+from ..backbones.registration import resolved, scope_of
 from ..errors import ConfigError
 from ..files import written_whole
-from ..reparam import is_training_form
+from ..reparam import build_expanded, is_training_form, stock_cfg_of_expanded
 
 #: Plain: the stock model. Folded: BN folded into the convolutions as well.
 DEPLOYED_FORMS = ('plain', 'folded')
@@ -171,9 +171,14 @@ def _stays(value: Any, ours: Mapping[str, Any]) -> bool:
 
 
 def _named(name: Any, ours: Mapping[str, Any]) -> Any:
-    """What of ours goes by this name, or is it, in a config; else None."""
+    """What of ours goes by this name, or is it, in a config; else None.
+
+    A name may have a scope, or be the whole path of a class, as configs of the
+    lazy kind are dumped.
+    """
     if isinstance(name, str):
-        return ours.get(name.removeprefix('mmengine.'))
+        scope, _, last = name.rpartition('.')
+        return ours.get(last) if '.' not in scope or scope.startswith(f'{_PACKAGE}.') else None
     return name if name is not None and _is_ours(name) else None
 
 
@@ -183,33 +188,55 @@ def _stock_model(value: Any, registry: Registry) -> Any:
         return type(value)(_stock_model(item, registry) for item in value)
     if not isinstance(value, dict):
         return value
+    ours = _our_type(value, registry)
+    if ours is build_expanded:
+        return _stock_model(stock_cfg_of_expanded(value), registry)
     # None and not left out: some stock modules have another conv layer by default
     result = {key: None if key == 'conv_cfg' and _our_type(item, registry)
               else _stock_model(item, registry) for key, item in value.items()}
-    if isinstance(result.get('init_cfg'), dict) and result['init_cfg'].get('type') == 'Pretrained':
-        result['init_cfg'] = None  # of the training form
-    ours = _our_type(value, registry)
+    if 'init_cfg' in result:
+        result['init_cfg'] = _without_pretrained(result['init_cfg'])
+    if isinstance(result.get('pretrained'), str):  # the older name of the same
+        result['pretrained'] = None
     if ours is not None:
         if not hasattr(ours, 'stock_cfg'):
             raise ValueError(f'{value} has no stock counterpart that a config could name')
         result = ours.stock_cfg(result)
+        scope = scope_of(ours)
+        if '.' not in result['type'] and registry.scope != scope:
+            result['type'] = f'{scope}.{result["type"]}'
     elif _has_deploy_form(value, registry):
         result['deploy'] = True
     return result
 
 
+def _without_pretrained(init_cfg: Any) -> Any:
+    """Rules of initialisation without weights to start from, maybe of the training form."""
+    if isinstance(init_cfg, (list, tuple)):
+        return [rule for rule in map(_without_pretrained, init_cfg) if rule is not None] or None
+    is_pretrained = isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
+    return None if is_pretrained else init_cfg
+
+
+def _found(value: Any, registry: Registry) -> Any:
+    """What a config's `type` names, in its own `_scope_` if it has one."""
+    name = value.get('type') if isinstance(value, dict) else None
+    if isinstance(name, str):
+        scope = value.get('_scope_')
+        return registry.get(name if '.' in name or not scope else f'{scope}.{name}')
+    return name
+
+
 def _has_deploy_form(value: dict, registry: Registry) -> bool:
     """Whether a config's `type` re-parameterizes itself, and can be built in that form."""
-    name = value.get('type')
-    found = registry.get(name) if isinstance(name, str) else name
+    found = _found(value, registry)
     return (inspect.isclass(found) and hasattr(found, 'switch_to_deploy')
             and 'deploy' in inspect.signature(found).parameters)
 
 
 def _our_type(value: Any, registry: Registry) -> Any:
     """What a config's `type` names, if it is defined in this package; else None."""
-    name = value.get('type') if isinstance(value, dict) else None
-    found = registry.get(name) if isinstance(name, str) else name
+    found = _found(value, registry)
     return resolved(found) if _is_ours(found) else None
 
 

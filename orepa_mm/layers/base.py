@@ -317,15 +317,26 @@ class ReparamConv2d(WithConstants, ABC):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self.forget_kernel()
-        plain = {f'{prefix}weight', f'{prefix}bias'}
-        if f'{prefix}weight' in state_dict and not (
-                self.state_dict(prefix=prefix).keys() - plain) & state_dict.keys():
-            # A runner would only warn, and go on with random weights.
-            raise RuntimeError(
-                f'{prefix[:-1]} is in training form ({type(self).__name__}), but the checkpoint '
-                f'holds a plain convolution ({prefix}weight): it is a deployed or a stock '
-                'checkpoint. Load it into the stock backbone (or deploy=True), or give a '
-                'checkpoint in training form.')
+        key = f'{prefix}weight'
+        own = self.state_dict(prefix=prefix).keys() - {f'{prefix}bias'}
+        if key in state_dict and not own & state_dict.keys():
+            shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+            if tuple(state_dict[key].shape) == shape:
+                # A runner would only warn, and go on with random weights.
+                raise RuntimeError(
+                    f'{prefix[:-1]} is in training form ({type(self).__name__}), but the '
+                    f'checkpoint holds a plain convolution ({key}). Load it into the plain model '
+                    'and expand that by orepa_mm.expand, or load it by load_from, init_cfg or '
+                    'mmengine.runner.load_checkpoint, which expand it for OREPA; or build the '
+                    'model without branches (deploy=True in our backbones).')
+            # what a stock convolution says of another shape; its bias may fit
+            local_metadata, strict, _, unexpected_keys, error_msgs = args
+            error_msgs.append(
+                f'size mismatch for {key}: copying a param with shape '
+                f'{tuple(state_dict[key].shape)} from checkpoint, the shape in current model is '
+                f'{shape}.')
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+            args = local_metadata, strict, [], unexpected_keys, error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict:

@@ -21,8 +21,8 @@ from .reparameterize import unwrapped
 
 
 def expand(model: nn.Module, conv_cfg: Mapping[str, Any] | None = None,
-           include: Sequence[str] = ('*',), exclude: Sequence[str] = (), inplace: bool = False
-           ) -> nn.Module:
+           include: Sequence[str] | str = ('*',), exclude: Sequence[str] | str = (),
+           inplace: bool = False) -> nn.Module:
     """Replace plain convolutions by blocks that generate exactly their kernels.
 
     The counterpart of `reparameterize`: the model computes what it computed,
@@ -41,9 +41,9 @@ def expand(model: nn.Module, conv_cfg: Mapping[str, Any] | None = None,
         model: Any module, whether it knows of `conv_cfg` or not; it may be a
             convolution itself.
         conv_cfg: Which blocks, with their options; `dict(type='OREPA')` by default.
-        include: Patterns of names (`*`, `?`, `[...]`); a convolution is expanded if
-            one of them matches its name, e.g. `backbone.*`.
-        exclude: Patterns of names that are not expanded.
+        include: Patterns of names (`*`, `?`, `[...]`), or one; a convolution is
+            expanded if one of them matches its name, e.g. `backbone.*`.
+        exclude: Patterns of names that are not expanded, or one.
         inplace: Change the given model. Otherwise a deep copy is changed.
 
     Returns:
@@ -61,6 +61,8 @@ def expand(model: nn.Module, conv_cfg: Mapping[str, Any] | None = None,
         OREPAConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
     conv_cfg = dict(conv_cfg or {'type': 'OREPA'})
+    include, exclude = ([names] if isinstance(names, str) else names
+                        for names in (include, exclude))
     model = unwrapped(model)
     if not inplace:
         model = copy.deepcopy(model)
@@ -84,7 +86,7 @@ def expand(model: nn.Module, conv_cfg: Mapping[str, Any] | None = None,
         raise NothingToConvertError(
             f'{type(model).__name__} has no convolution to expand'
             + (f' ({found})' if found else ': it has no plain 2-D convolution at all'))
-    model = _replaced(model, blocks)
+    model = replaced(model, blocks)
     counts = Counter(type(block).__name__ for block in blocks.values())
     print_log('expanded ' + ', '.join(f'{n} {name}' for name, n in counts.items())
               + ''.join(f'; left {len(of)} ({shortened(of)}): {reason}'
@@ -140,11 +142,20 @@ def _block_of(conv: nn.Conv2d, conv_cfg: Mapping[str, Any]) -> ReparamConv2d:
     return block.train(conv.training)
 
 
-def _replaced(model: nn.Module, blocks: Mapping[nn.Module, ReparamConv2d]) -> nn.Module:
-    if model in blocks:
-        return blocks[model]
+def replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put other modules in place of some, under each of their names.
+
+    Args:
+        model: Changed in place.
+        others: What comes in place of which module.
+
+    Returns:
+        The model, or what comes in its own place.
+    """
+    if model in others:
+        return others[model]
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if child in blocks:
-                module._modules[name] = blocks[child]
+            if child in others:
+                module._modules[name] = others[child]
     return model

@@ -12,6 +12,8 @@ from pathlib import Path
 import mmengine.runner.checkpoint as mmengine_checkpoint
 import pytest
 import torch
+import torchvision
+from helpers import randomize, relative_error
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.logging import HistoryBuffer
@@ -172,6 +174,30 @@ def test_init_cfg_of_a_stock_backbone(server, tmp_path):
     with pytest.raises(CheckpointError, match=r'bad\.pth'):
         built('bad.pth')
     assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('options', [dict(type='ResNet', conv_cfg=dict(type='OREPA')),
+                                     dict(type='OREPAResNet')], ids=lambda o: o['type'])
+def test_torchvisions_weights_are_expanded(options, server, schemes, monkeypatch):
+    """What stock configs start from; torchvision's own network is the oracle."""
+    said = []
+    monkeypatch.setattr('orepa_mm.checkpoints.expansion.print_log',
+                        lambda message, *_: said.append(message))
+    register_all_modules(init_default_scope=True)
+    theirs = randomize(torchvision.models.resnet18()).eval()
+    torch.save(theirs.state_dict(), server[0] / 'name.pth')
+    model = MODELS.build(dict(depth=18, **options, init_cfg=dict(
+        type='Pretrained', checkpoint=schemes['torchvision'])))
+    model.init_weights()
+    model.eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = x
+        for part in list(theirs.children())[:-2]:  # without pooling and classifier
+            features = part(features)
+        assert relative_error(model(x)[-1], features) < 1e-4
+    (line,) = said
+    assert line.startswith(f'{schemes["http" if "conv_cfg" in options else "torchvision"]}: plain')
 
 
 def test_only_pytorchs_own_switch_runs_code(server, tmp_path, monkeypatch):

@@ -176,3 +176,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         write_half()
     assert path.read_text() == 'old'
     assert [p.name for p in path.parent.iterdir()] == ['file.txt']
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch.save({'a': torch.ones(1)}, tmp_path / 'x.pth')
+    assert load_checkpoint('~/x.pth')['a'] == 1

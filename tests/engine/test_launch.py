@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_each
 from mmengine.config import Config
 from toy_run import toy_config
 
@@ -63,19 +63,60 @@ def test_missing_config():
         load_config(parse('nothing.py'))
 
 
-def test_missing_pretrained_weights_say_what_to_do():
-    cfg = Config.fromfile(FOLDER / 'faster-rcnn_orepa-r50_fpn_1x_coco.py')
+def options_of(message):
+    """What each `--cfg-options` of a message says, as the command line is read."""
+    lines = [line.strip().rstrip(',') for line in message.splitlines()]
+    return [parse(LIGHT, *line.split()).cfg_options for line in lines
+            if line.startswith('--cfg-options')]
+
+
+@pytest.mark.parametrize(('name', 'plain'), [
+    ('faster-rcnn_orepa-r50-in1k_fpn_1x_coco.py', 'torchvision://resnet50'),
+    ('faster-rcnn_orepa-x50-32x4d-in1k_fpn_1x_coco.py', 'torchvision://resnext50_32x4d'),
+    ('faster-rcnn_orepa-repvgg-a1_fpn_1x_coco.py', None),
+    ('faster-rcnn_dbb-r50_fpn_1x_coco.py', None),
+])
+def test_missing_pretrained_weights_say_what_to_do(name, plain):
+    """Each way that the message names leads past the check."""
+    cfg = Config.fromfile(FOLDER / name)
     with pytest.raises(FileNotFoundError) as error:
         check_pretrained(cfg)
     message = str(error.value)
-    assert 'mim run orepa_mm convert_checkpoint' in message
-    options = message.partition('--cfg-options ')[2].split()
-    cfg.merge_from_dict({key: {'None': None, '-1': -1, 'False': False}[value]
-                         for key, value in (option.split('=') for option in options)})
-    check_pretrained(cfg)
-    cfg.model.neck.init_cfg = dict(type='Pretrained', checkpoint=None)
-    check_pretrained(cfg)
-    assert cfg.model.backbone.frozen_stages == -1
+    assert ('mim run orepa_mm convert_checkpoint AUTHORS_FILE checkpoints/orepa-' in message) == (
+        'orepa' in name)
+    ways = options_of(message)
+    assert len(ways) == (2 if plain else 1)
+    for options in ways:
+        changed = Config.fromfile(FOLDER / name)
+        changed.merge_from_dict(options)
+        check_pretrained(changed)
+    assert changed.model.backbone.init_cfg is None  # the last way: from scratch
+    assert changed.model.backbone.frozen_stages == -1
+    assert changed.model.backbone.norm_eval is False
+    if plain:
+        cfg.merge_from_dict(ways[0])
+        assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=plain,
+                                                   prefix=None)
+    changed.model.neck.init_cfg = dict(type='Pretrained', checkpoint=None)
+    check_pretrained(changed)
+
+
+def test_a_missing_file_for_a_stock_part():
+    """There is nothing to convert for it, and no option that it may not have."""
+    cfg = Config(dict(model=dict(type='Expanded', model_type='RTMDet', backbone=dict(
+        type='CSPNeXt', init_cfg=dict(type='Pretrained', checkpoint='no/such.pth')))))
+    with pytest.raises(FileNotFoundError, match=r'no/such\.pth, which is no file') as error:
+        check_pretrained(cfg)
+    assert 'convert_checkpoint' not in str(error.value)
+    assert options_of(str(error.value)) == [
+        {'model.backbone.init_cfg.checkpoint': 'PLAIN_FILE_OR_ADDRESS',
+         'model.backbone.init_cfg.prefix': None},
+        {'model.backbone.init_cfg': None}]
+
+
+@pytest.mark.parametrize('name', ['faster-rcnn_orepa-r50_fpn_1x_coco.py', LIGHT.name])
+def test_addresses_and_scratch_pass_the_check(name):
+    check_pretrained(Config.fromfile(FOLDER / name))
 
 
 @pytest.mark.parametrize(('name', 'expected'), [
@@ -121,3 +162,17 @@ def test_the_log_says_what_was_built(tmp_path):
     build_runner(toy_config(tmp_path, experiment_name='built'))
     log = next(tmp_path.rglob('*.log')).read_text()
     assert 'INFO - 0 of 0 convolutions are re-parameterizable' in log
+
+
+def test_an_address_that_cannot_be_reached_is_one_line(tmp_path):
+    """Of `tools/train.py`: no traceback, and the address, and where the file could be put."""
+    make_shapes_coco(tmp_path, 2, 1, 64)
+    (code, output), = run_each([
+        'tools/train.py', FOLDER / 'faster-rcnn_orepa-r18-light-pretrained_fpn_400i_coco.py',
+        '--data-root', tmp_path, '--work-dir', tmp_path / 'run', '--cfg-options',
+        'model.backbone.init_cfg.checkpoint=http://127.0.0.1:9/resnet18.pth'])
+    assert code == 1
+    assert 'Traceback' not in output
+    error = output[output.index('\nerror: '):]
+    assert 'http://127.0.0.1:9/resnet18.pth cannot be downloaded' in error
+    assert 'checkpoints/resnet18.pth' in error

@@ -8,6 +8,7 @@ from helpers import randomize, relative_error, run
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
 
 from orepa_mm.checkpoints import load_weights
 from orepa_mm.export import deploy_config, save_deployed
@@ -74,6 +75,7 @@ import sys
 sys.modules['orepa_mm'] = None
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.registry import MODELS, init_default_scope
 init_default_scope('mmdet')
 folder = sys.argv[1]
@@ -159,3 +161,83 @@ def test_blocks_that_re_parameterize_themselves_are_built_deployed(name, tmp_pat
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         assert relative_error(loaded.extract_feat(x)[0], model.extract_feat(x)[0]) < 1e-4
+
+
+EXPANDED = dict(model_type='RetinaNet', expand=dict(conv_cfg=dict(type='OREPA'),
+                                                    exclude=['*.retina_cls']))
+
+
+@pytest.mark.parametrize('form', ['plain', 'folded'])
+def test_an_expanded_model_is_the_stock_config_again(form, tmp_path):
+    """`type` becomes what it was; folded, `BNFolded` stands over it as over any other."""
+    stock = copy.deepcopy(MODEL)
+    for part in ('backbone', 'neck', 'bbox_head'):
+        stock[part].pop('conv_cfg')
+    cfg = Config(dict(model={**stock, 'type': 'Expanded', **EXPANDED},
+                      custom_imports=dict(imports=['orepa_mm'], allow_failed_imports=False)))
+    deployed = deploy_config(cfg, form)
+    if form == 'plain':
+        assert deployed.to_dict() == dict(model=stock)
+    else:
+        assert deployed.model == {**stock, 'type': 'BNFolded', 'model_type': 'RetinaNet'}
+        assert deployed.custom_imports.imports == ['orepa_mm']
+    model = randomize(MODELS.build(cfg.model)).eval()
+    paths = save_deployed(reparameterize(model, fold_bn=form == 'folded'), deployed, tmp_path, {})
+    loaded = MODELS.build(Config.fromfile(paths[1]).model).eval()
+    load_weights(loaded, paths[0])
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for one, other in zip(loaded.bbox_head(loaded.extract_feat(x)),
+                              model.bbox_head(model.extract_feat(x))):
+            for level, expected in zip(one, other):
+                assert relative_error(level, expected) < 1e-4
+
+
+def test_an_expanded_part_whose_stock_class_has_a_deploy_form():
+    """Unwrapped first: the part below is treated as if it stood there itself."""
+    part = dict(type='Expanded', model_type='mmpretrain.RepVGG', arch='A0', out_indices=(3,))
+    assert deploy_config(with_backbone(part, 1280)).model.backbone == dict(
+        type='mmpretrain.RepVGG', arch='A0', out_indices=(3,), deploy=True)
+
+
+def test_no_pretrained_weights_under_their_older_name():
+    """MMSegmentation's configs say `pretrained=` beside the backbone."""
+    cfg = Config(dict(model=dict(copy.deepcopy(MODEL), pretrained='open-mmlab://resnet50_v1c')))
+    assert deploy_config(cfg).model.pretrained is None
+
+
+@pytest.mark.parametrize(('backbone', 'scope', 'expected'), [
+    (dict(type='mmpretrain.OREPAResNet', depth=18), 'mmdet', 'mmpretrain.ResNet'),
+    (dict(type='mmseg.OREPAResNetV1c', depth=18), 'mmdet', 'mmseg.ResNetV1c'),
+    (dict(type='OREPAResNetV1c', _scope_='mmpretrain', depth=18), 'mmdet', 'mmpretrain.ResNetV1c'),
+    (dict(type='mmdet.OREPAResNet', depth=18), 'mmdet', 'ResNet'),
+    (dict(type='OREPAResNet', depth=18), 'mmseg', 'ResNet'),
+    (dict(type='OREPARepVGG', arch='A0'), 'mmdet', 'mmpretrain.RepVGG')])
+def test_the_stock_backbone_is_that_of_the_same_package(backbone, scope, expected):
+    init_default_scope(scope)
+    cfg = Config(dict(default_scope=scope, model=dict(type='Detector', backbone=backbone)))
+    with DefaultScope.overwrite_default_scope(scope):
+        found = deploy_config(cfg).model.backbone
+    assert found.type == expected
+
+
+def test_a_lazy_config_and_scoped_names_lose_everything_of_ours():
+    """Classes are dumped as their whole paths; a scope may stand before any name."""
+    cfg = Config(dict(
+        model=dict(type='mmdet.models.detectors.RetinaNet', backbone=dict(
+            type='orepa_mm.backbones.det.OREPAResNet', depth=18, init_cfg=[
+                dict(type='Pretrained', checkpoint='x'), dict(type='Xavier', layer='Linear')])),
+        default_hooks=dict(checkpoint=dict(type='orepa_mm.engine.WholeCheckpointHook', interval=1),
+                           other=dict(type='mmdet.WholeCheckpointHook')),
+        custom_hooks=[dict(type='mmdet.ReparamTestHook'), dict(type='mmengine.EMAHook')],
+        optim_wrapper=dict(constructor='orepa_mm.engine.OREPAOptimWrapperConstructor',
+                           paramwise_cfg=dict(stem_lr_mult=0.1, norm_decay_mult=0))))
+    found = deploy_config(cfg)
+    assert found.model.backbone.type in ('ResNet', 'mmdet.ResNet')
+    assert found.model.backbone.init_cfg == [dict(type='Xavier', layer='Linear')] or (
+        found.model.backbone.init_cfg is None)
+    assert found.default_hooks == dict(checkpoint=dict(type='CheckpointHook', interval=1),
+                                       other=dict(type='CheckpointHook'))
+    assert found.custom_hooks == [dict(type='mmengine.EMAHook')]
+    assert found.optim_wrapper == dict(paramwise_cfg=dict(norm_decay_mult=0))
+    assert 'orepa' not in found.pretty_text.lower()

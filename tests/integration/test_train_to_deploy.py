@@ -144,8 +144,6 @@ REFUSED = {
         'is in plain form already',
     'tools/reparam.py RUN/config.py RUN/deployed/model.pth':
         'is in plain form, but the model is in training form',
-    'tools/train.py RUN/config.py --cfg-options load_from=RUN/deployed/model.pth':
-        'is in plain form, but the model is in training form',
     'tools/train.py RUN/config.py --resume RUN/deployed/model.pth':
         'is in plain form, but the model is in training form',
 }

@@ -1,0 +1,7 @@
+# The paper's start: the authors' weights, converted (docs/transfer.md).
+_base_ = 'deeplabv3plus_orepa-r50-d8_4xb2-40k_cityscapes-512x1024.py'
+
+model = dict(
+    backbone=dict(
+        init_cfg=dict(
+            checkpoint='checkpoints/orepa-resnet50_in1k.pth', prefix='backbone.')))

@@ -1,0 +1,167 @@
+"""Plain weights that meet a model in training form: expanded, layer by layer.
+
+The model then computes what the plain one computes with these weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import CheckpointError
+from ..layers import ReparamConv2d, adjacent_children, reparam_layers
+from .forms import noted
+from .io import require_values
+
+
+def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source: str | None = None
+                        ) -> Mapping[str, Any]:
+    """Replace plain kernels by branches, for every layer of the model that generates its kernel.
+
+    The branches are those that the model has now, but for the origin branch (in
+    a stem the last generator), which is such that the layer generates exactly
+    the plain kernel, see `ReparamConv2d.set_kernel`. Layer by layer: branches
+    that the weights hold stay as they are. The model is not changed.
+
+    Left as they are, for whoever loads them to judge: a kernel of another shape,
+    one beside branches of the same layer, one with a BN folded into it, and
+    those of layers that cannot take a given kernel (`DBBConv2d`).
+
+    Args:
+        model: In training form or not, maybe wrapped.
+        state_dict: What is to be loaded into it; left as it is.
+        source: What to call it in the log; by default what the reader noted.
+
+    Returns:
+        The given state dict, if nothing is expanded. Otherwise one with
+        `{layer}.{branch}` in place of `{layer}.weight`, one line in the log, and
+        the versions of the modules kept.
+
+    Raises:
+        CheckpointError: If a kernel or its bias is not finite or no floating
+            tensor with values, or a layer cannot generate the kernel (a stem is
+            too narrow); it names the tensor, or the layer and by how much the
+            kernel is missed.
+    """
+    model = without_wrappers(model)
+    layers = list(named_layers(model))
+    if not layers:
+        return state_dict
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    folded = folded_layers(model, tensors)
+    branches = {f'{prefix}weight': _branches(layer, prefix, tensors) for prefix, layer in layers
+                if prefix not in folded and has_plain_kernel(layer, prefix, tensors)}
+    branches = {kernel: of for kernel, of in branches.items() if of}
+    if not branches:
+        return state_dict
+    expanded: OrderedDict[str, Any] = OrderedDict()
+    for key, value in state_dict.items():
+        expanded.update(branches.get(key, {key: value}))
+    expanded._metadata = OrderedDict(getattr(state_dict, '_metadata', None) or {})
+    done = {layer for prefix, layer in layers if f'{prefix}weight' in branches}
+    print_log(
+        f'{source or noted(state_dict, "source") or "the checkpoint"}: plain weights were expanded '
+        f'into {len(done)} of the {len({layer for _, layer in layers})} layers of '
+        f'{type(model).__name__} that are in training form. It computes what the plain model '
+        'computes with them; the branches beside the origin branch start as the model has them. '
+        'Train on, then re-parameterize: the cost to run is that of the plain model',
+        'current', logging.INFO)
+    return expanded
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model whose names the keys have, as MMEngine loads them.
+
+    Args:
+        model: Maybe wrapped for a distributed run or for test-time augmentation.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, ReparamConv2d]]:
+    """Every layer that generates its kernel, under each of its names.
+
+    Args:
+        model: Without wrappers.
+
+    Yields:
+        What the layer's keys begin with (with a dot at its end; empty if it is
+        the model), and the layer.
+    """
+    layers = set(reparam_layers(model))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in layers:
+            yield f'{name}.' if name else '', module
+
+
+def has_plain_kernel(layer: ReparamConv2d, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether weights hold a kernel of the layer's shape, and none of its branches.
+
+    Args:
+        layer: In training form.
+        prefix: What its keys begin with.
+        tensors: Of a state dict.
+    """
+    kernel = tensors.get(f'{prefix}weight')
+    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return kernel is not None and kernel.shape == shape and not _branch_keys(
+        layer, prefix) & tensors.keys()
+
+
+def folded_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Layers in training form for which there is a kernel with a BN folded into it.
+
+    Such a kernel has a bias; and the BN that follows the layer has no tensor, or
+    the layer has no bias and there is no BN either that would explain it.
+
+    Args:
+        model: Without wrappers.
+        tensors: Of a state dict.
+
+    Returns:
+        What the keys of these layers begin with.
+    """
+    norms = {layer: norm for _, _, layer, _, norm in adjacent_children(model)
+             if isinstance(layer, ReparamConv2d) and isinstance(norm, _BatchNorm)}
+    names = {module: name for name, module in model.named_modules()}
+    found = set()
+    for prefix, layer in named_layers(model):
+        if {f'{prefix}weight', f'{prefix}bias'} <= tensors.keys():
+            norm = norms.get(layer)
+            if layer.bias is None if norm is None else not (
+                    norm.state_dict(prefix=f'{names[norm]}.').keys() & tensors.keys()):
+                found.add(prefix)
+    return found
+
+
+def _branches(layer: ReparamConv2d, prefix: str, tensors: Mapping[str, Tensor]
+              ) -> dict[str, Tensor] | None:
+    """The branches that generate the kernel, by key; None if this layer cannot take one."""
+    key, bias = f'{prefix}weight', f'{prefix}bias'
+    for name in {key, bias} & tensors.keys():
+        require_values(name, tensors[name], layer._reference(), type(layer).__name__)
+    layer = copy.deepcopy(layer)
+    try:
+        layer.set_kernel(tensors[key])
+    except TypeError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(
+            f'the plain kernel {key} cannot be expanded: {error}. Leave this convolution plain in '
+            'the config, or make the stem wider') from error
+    own = _branch_keys(layer, prefix)
+    return {name: value for name, value in layer.state_dict(prefix=prefix).items() if name in own}
+
+
+def _branch_keys(layer: ReparamConv2d, prefix: str) -> set[str]:
+    return layer.state_dict(prefix=prefix).keys() - {f'{prefix}bias'}
