@@ -1,4 +1,5 @@
-"""Convert an ImageNet checkpoint: the authors' names to ours, or training form to deploy form."""
+"""Convert an ImageNet checkpoint: to our training form, from the authors' or from a plain one; or
+from training form to deploy form."""
 
 import argparse
 import sys
@@ -12,7 +13,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', help='checkpoint in training form: a file of the OREPA authors '
                         '(ResNet, ResNeXt, RepVGG), or of a classifier that was trained with '
-                        'a backbone of this package')
+                        'a backbone of this package. With --to training also a plain ResNet or '
+                        'ResNeXt of torchvision, timm or OpenMMLab, which is expanded: it '
+                        'computes the same, and has branches to be trained on')
     parser.add_argument('target', help='file to write; nothing is overwritten')
     parser.add_argument('--arch', metavar='NAME', help='stop if the source does not hold this '
                         f'network: {", ".join(PUBLISHED)}')
@@ -31,7 +34,8 @@ def main() -> int:
         print(f'error: {error}', file=sys.stderr)
         return 1
     print(f'wrote {args.target}: {written.architecture.name}, {written.form} form, '
-          f'{written.num_tensors} tensors')
+          f'{written.num_tensors} tensors'
+          + f', {written.expanded} plain convolutions expanded' * bool(written.expanded))
     if args.to == 'training':
         print(f'use it in a config, in the backbone of type {written.architecture.backbone["type"]}'
               f":\n  init_cfg=dict(type='Pretrained', checkpoint={args.target!r}, "

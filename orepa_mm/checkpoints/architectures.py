@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, shortened
-from .forms import training_form_of
+from .forms import is_branch_key, training_form_of
 
 #: Names of the networks that the authors describe.
 PUBLISHED = ('ResNet-18', 'ResNet-34', 'ResNet-50', 'ResNet-101', 'ResNet-18-1.5x',
@@ -49,8 +49,10 @@ _AUTHORS_NAMES = [(re.compile(pattern), name) for pattern, name in (
     (r'\.branch_1x1\.norm\.', '.rbr_1x1.bn.'),
     (r'\.branch_norm\.', '.rbr_identity.'),
 )]
-#: Stage and number of a block, in the authors' names or ours.
-_BLOCK = re.compile(r'(?:stage|backbone\.layer|backbone\.stage_)([1-4])\.(\d+)\.')
+#: Stage and number of a block, in any names.
+_BLOCK = re.compile(r'(?:stage|(?:backbone\.)?layer|backbone\.stage_)([1-4])\.(\d+)\.')
+#: The one convolution of a deployed RepVGG block, at MMPretrain and at timm.
+_DEPLOYED_REPVGG = re.compile(r'\.(branch_reparam|reparam_conv)\.')
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class Architecture:
 
 
 def recognize_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
-    """Tell from keys and shapes which network a classifier in training form is.
+    """Tell from keys and shapes which network a classifier is.
 
     Args:
-        state_dict: In the authors' names or in ours, without the prefix
+        state_dict: In training form, in the authors' names or in ours; or a
+            plain ResNet or ResNeXt, see `plain_form_of`. Without the prefix
             `module.`. Only what tells the network is looked at.
 
     Returns:
@@ -84,22 +87,59 @@ def recognize_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
         CheckpointError: If it is no such classifier, or blocks are missing; it
             says what the checkpoint is, or which.
     """
-    form = training_form_of(state_dict)
+    form = plain_form_of(state_dict) or training_form_of(state_dict)
     is_repvgg = any('.weight_rbr_' in key for key in state_dict)
     name, backbone = (_recognize_repvgg if is_repvgg else _recognize_resnet)(state_dict, form)
     num_classes = tensor_shape(state_dict, key_in(form, 'head.fc.weight'), 2)[0]
     return Architecture(name, backbone, num_classes)
 
 
-def build_backbone(architecture: Architecture) -> nn.Module:
-    """Build a network's backbone in training form, with the first package that has it.
+def plain_form_of(keys: Collection[str]) -> str | None:
+    """Tell in whose names a classifier is a plain ResNet or ResNeXt.
+
+    Args:
+        keys: Of a state dict, without the prefix `module.`.
+
+    Returns:
+        `torchvision` for its names, which timm has too (`conv1.*`,
+        `layer1.0.conv1.*`, `fc.*`), `openmmlab` for `backbone.*` and
+        `head.fc.*`. None for all else, e.g. a training form.
+
+    Raises:
+        CheckpointError: If it is a deployed RepVGG, whose branches are gone, or
+            a plain detector or segmentor.
+    """
+    if any(map(is_branch_key, keys)):
+        return None
+    deployed = next((key for key in keys if _DEPLOYED_REPVGG.search(key)), None)
+    if deployed:
+        raise CheckpointError(
+            f'this is a RepVGG in deploy form already (it has {deployed}): its branches have a BN '
+            'each and cannot be recovered from one kernel. Give the checkpoint in training form')
+    form = next((form for form, prefix in (('torchvision', ''), ('openmmlab', 'backbone.'))
+                 if f'{prefix}conv1.weight' in keys and f'{prefix}layer1.0.conv1.weight' in keys),
+                None)
+    parts = {key.partition('.')[0] for key in keys}
+    if form == 'openmmlab' and not parts <= {'backbone', 'head'}:
+        raise CheckpointError(
+            f'this is a plain model ({", ".join(sorted(parts))}), where an image classifier is '
+            'expected. Expand it with the config of its training form:\n'
+            '  mim run orepa_mm expand CONFIG CHECKPOINT OUT')
+    return form
+
+
+def build_backbone(architecture: Architecture, plain: bool = False, device: str = 'meta'
+                   ) -> nn.Module:
+    """Build a network's backbone, with the first package that has it.
 
     Args:
         architecture: The network.
+        plain: Build the stock network instead of the training form.
+        device: Where. On the meta device it is without values, for weights that
+            are loaded with `assign=True`.
 
     Returns:
-        The backbone on the meta device: without values, for weights that are
-        loaded with `assign=True`.
+        The backbone.
 
     Raises:
         ImportError: If no such package is installed; it says what to install.
@@ -107,12 +147,12 @@ def build_backbone(architecture: Architecture) -> nn.Module:
     name = architecture.backbone['type']
     reasons = []
     for package in _PACKAGES[:1] if name == 'OREPARepVGG' else _PACKAGES:
-        cfg = {**architecture.backbone, 'type': f'{package}.{name}'}
+        cfg = {**architecture.backbone, 'type': f'{package}.{name}', 'deploy': plain}
         if package != 'mmpretrain' and 'width_per_group' in cfg:
             cfg['base_width'] = cfg.pop('width_per_group')
         try:
             MODELS.get(cfg['type'])  # imports the package, which may make tensors of its own
-            with torch.device('meta'), _ReadableLinspace():
+            with torch.device(device), _ReadableLinspace():
                 return MODELS.build(cfg)
         except ImportError as error:
             reasons.append(str(error))
@@ -134,7 +174,7 @@ def key_in(form: str, key: str) -> str:
     """What a key is called in a checkpoint.
 
     Args:
-        form: `authors` or `ours`, from `training_form_of`.
+        form: From `training_form_of` or `plain_form_of`.
         key: Or the beginning of one, in our names: `backbone.*` or `head.fc.*`.
 
     Returns:
@@ -143,6 +183,8 @@ def key_in(form: str, key: str) -> str:
     if form == 'authors':
         for pattern, name in _AUTHORS_NAMES:
             key = pattern.sub(name, key)
+    elif form == 'torchvision':
+        key = key.removeprefix('backbone.').removeprefix('head.')
     return key
 
 
@@ -172,8 +214,10 @@ def tensor_shape(state_dict: Mapping[str, Tensor], key: str, dimensions: int = 4
 
 def _recognize_resnet(state: Mapping[str, Tensor], form: str) -> tuple[str, dict[str, Any]]:
     """Name and backbone config of a ResNet or ResNeXt."""
-    def shape_of(kernel: str) -> tuple[int, ...]:
-        return tensor_shape(state, key_in(form, f'backbone.{kernel}_origin'))
+    def shape_of(layer: str, branch: str = 'weight_orepa_origin', generator: str = ''
+                 ) -> tuple[int, ...]:
+        key = f'{layer}.{generator}{branch}' if form in ('authors', 'ours') else f'{layer}.weight'
+        return tensor_shape(state, key_in(form, f'backbone.{key}'))
 
     counts = _block_counts(state)
     bottleneck = any('.conv3.' in key for key in state)
@@ -182,14 +226,14 @@ def _recognize_resnet(state: Mapping[str, Tensor], form: str) -> tuple[str, dict
     if depth is None:
         raise _missing_blocks(counts, {f'a ResNet-{depth}': blocks for depth, blocks
                                        in depths.items()}, form, 'layer')
-    stem, groups = shape_of('conv1.weight0.weight_orepa')[0], 1
+    stem, groups = shape_of('conv1', generator='weight0.')[0], 1
     if bottleneck:
-        out = shape_of('layer1.0.conv3.weight_or1x1')[0]
+        out = shape_of('layer1.0.conv3', 'weight_or1x1_origin')[0]
         base = max(out // _BOTTLENECK_EXPANSION, 1)
-        hidden, group_width = shape_of('layer1.0.conv2.weight_orepa')[:2]
+        hidden, group_width = shape_of('layer1.0.conv2')[:2]
         groups = max(hidden // group_width, 1)
     else:
-        base = shape_of('layer1.0.conv1.weight_orepa')[0]
+        base = shape_of('layer1.0.conv1')[0]
     config = {'type': 'OREPAResNet' if groups == 1 else 'OREPAResNeXt', 'depth': depth,
               'base_channels': base, 'stem_channels': stem}
     notes = [f'ResNet-{depth}{_WIDTH_NAMES.get((depth, base), "")}']

@@ -1,7 +1,7 @@
-"""The authors' checkpoints: their names turned into ours.
+"""Classifiers' checkpoints: the names of the authors, and of others, turned into ours.
 
-They hold each convolution with its BN in one block; OpenMMLab keeps them
-apart. The names inside a block are the same here and there.
+The authors' hold each convolution with its BN in one block; OpenMMLab keeps
+them apart. The names inside a block are the same here and there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, shortened
@@ -20,6 +21,7 @@ from .architectures import (
     Architecture,
     build_backbone,
     key_in,
+    plain_form_of,
     recognize_architecture,
     tensor_shape,
 )
@@ -111,9 +113,36 @@ def read_classifier(checkpoint: Mapping[str, Any]) -> tuple[Architecture, dict[s
             'with its config: tools/reparam.py CONFIG CHECKPOINT') from error
 
 
-def _classifier(architecture: Architecture) -> nn.Module:
+def read_plain_classifier(checkpoint: Mapping[str, Any]
+                          ) -> tuple[Architecture, dict[str, Tensor]]:
+    """Read a plain ResNet or ResNeXt, in the names of torchvision, timm or OpenMMLab.
+
+    Args:
+        checkpoint: A state dict, or a dictionary with one under `state_dict`,
+            of which `plain_form_of` tells in whose names it is.
+
+    Returns:
+        The network, and the state dict of its stock form in OpenMMLab's names.
+        The tensors are not copied.
+
+    Raises:
+        CheckpointError: If a key is unknown or missing, a shape does not fit, or
+            a value is not finite; it is named.
+        ImportError: As of `build_backbone`.
+    """
+    state = model_state_dict(checkpoint)
+    named = partial(key_in, plain_form_of(state))
+    architecture = recognize_architecture(state)
+    classifier = _classifier(architecture, plain=True)
+    # as MMEngine: older files have no such counter, and it starts at 0
+    counters = {named(key): torch.tensor(0) for key in classifier.state_dict()
+                if key.endswith('num_batches_tracked')}
+    return architecture, _renamed({**counters, **state}, classifier, named, architecture.name)
+
+
+def _classifier(architecture: Architecture, plain: bool = False) -> nn.Module:
     """A network with its head, without values, in our names."""
-    backbone = build_backbone(architecture)
+    backbone = build_backbone(architecture, plain)
     features = [norm.num_features for norm in backbone.modules()
                 if isinstance(norm, nn.BatchNorm2d)][-1]
     fc = nn.Linear(features, architecture.num_classes, device='meta')

@@ -1,4 +1,4 @@
-"""From an ImageNet checkpoint in training form to what other models load."""
+"""An ImageNet checkpoint from one form to another: what other models load, or OREPA trains."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoints import (
     PUBLISHED,
     Architecture,
     convert_official_state_dict,
+    expanded_state_dict,
     load_checkpoint,
+    model_state_dict,
     read_classifier,
     recognize_architecture,
 )
-from ..checkpoints.architectures import build_backbone
-from ..errors import CheckpointError
+from ..checkpoints.architectures import build_backbone, plain_form_of
+from ..checkpoints.official import read_plain_classifier
+from ..errors import CheckpointError, shortened
 from ..files import written_whole
+from ..layers import reparam_layers
 from ..reparam import reparameterize
 from ..version import __version__
 
@@ -35,11 +39,13 @@ class Conversion:
         architecture: The network.
         form: A key of `CONVERTED_FORMS`.
         num_tensors: Tensors in the file.
+        expanded: Convolutions of a plain source that became blocks.
     """
 
     architecture: Architecture
     form: str
     num_tensors: int
+    expanded: int = 0
 
 
 def convert_checkpoint_file(source: str | Path, target: str | Path, arch: str | None = None,
@@ -51,7 +57,9 @@ def convert_checkpoint_file(source: str | Path, target: str | Path, arch: str | 
 
     Args:
         source: A file of the authors, or one that the runner saved of a
-            classifier with one of our backbones; in training form.
+            classifier with one of our backbones, in training form. For the form
+            `training` also a plain ResNet or ResNeXt of torchvision, timm or
+            OpenMMLab, whose kernels are put into blocks.
         target: File to write, whole or not at all.
         arch: The network that the source is to hold, e.g. `ResNet-18-2x`, in
             whatever case; recognised from it by default.
@@ -77,8 +85,12 @@ def convert_checkpoint_file(source: str | Path, target: str | Path, arch: str | 
     if target.exists():
         raise FileExistsError(f'{target} exists already: nothing is overwritten')
     checkpoint = load_checkpoint(source)
+    expanded = 0
     try:
-        if form == 'training':
+        plain = form == 'training' and plain_form_of(model_state_dict(checkpoint))
+        if plain:
+            architecture, state = read_plain_classifier(checkpoint)
+        elif form == 'training':
             state = convert_official_state_dict(checkpoint)
             architecture = recognize_architecture(state)
         else:
@@ -89,7 +101,9 @@ def convert_checkpoint_file(source: str | Path, target: str | Path, arch: str | 
                                   'convert it to the form deploy')
     except CheckpointError as error:
         raise CheckpointError(f'{source}: {error}') from error
-    if form != 'training':
+    if plain:
+        state, expanded = expanded_classifier(architecture, state)
+    elif form != 'training':
         state = deployed_state_dict(architecture, state)
     if form == 'torchvision':
         state = {key.removeprefix('backbone.').removeprefix('head.'): value
@@ -99,7 +113,7 @@ def convert_checkpoint_file(source: str | Path, target: str | Path, arch: str | 
             'orepa_mm_version': __version__}
     with written_whole(target) as path:
         torch.save({'meta': meta, 'state_dict': state}, path)
-    return Conversion(architecture, form, len(state))
+    return Conversion(architecture, form, len(state), expanded)
 
 
 def deployed_state_dict(architecture: Architecture, state_dict: Mapping[str, Tensor]
@@ -124,6 +138,74 @@ def deployed_state_dict(architecture: Architecture, state_dict: Mapping[str, Ten
     stock = reparameterize(backbone, inplace=True).state_dict()
     return {**{prefix + key: value for key, value in stock.items()},
             **{key: value for key, value in state_dict.items() if not key.startswith(prefix)}}
+
+
+def expanded_classifier(architecture: Architecture, state_dict: Mapping[str, Tensor]
+                        ) -> tuple[dict[str, Tensor], int]:
+    """Put the kernels of a plain classifier into the blocks of its training form.
+
+    Args:
+        architecture: The network.
+        state_dict: Weights of the stock network, `backbone.*` and `head.fc.*`;
+            left as they are.
+
+    Returns:
+        The weights of the training form, `backbone.*` and `head.fc.*`, in
+        float32 at least; and how many convolutions became blocks.
+
+    Raises:
+        CheckpointError: As of `load_plain_weights`.
+        ImportError: If no package is installed that has the backbone.
+    """
+    prefix = 'backbone.'
+    dtype = torch.promote_types(state_dict['head.fc.weight'].dtype, torch.float32)
+    state = {key: value.to(dtype) if value.is_floating_point() else value
+             for key, value in state_dict.items()}
+    backbone = build_backbone(architecture, device='cpu').to(dtype)
+    expanded = load_plain_weights(backbone, {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)},
+        architecture.name)
+    return ({**{prefix + key: value for key, value in backbone.state_dict().items()},
+             **{key: value for key, value in state.items() if not key.startswith(prefix)}},
+            expanded)
+
+
+def load_plain_weights(model: nn.Module, plain: Mapping[str, Tensor], source: str) -> int:
+    """Let a model in training form compute what its plain form computes.
+
+    Every layer that generates its kernel is set to generate that of the
+    convolution of the same name; everything else is copied. Only the branches
+    beside the origin branch keep their initial values.
+
+    Args:
+        model: In training form.
+        plain: All weights of the plain form.
+        source: What to call them in the log and in errors.
+
+    Returns:
+        How many layers were expanded.
+
+    Raises:
+        CheckpointError: If something of the model has no counterpart in the plain
+            form, or the other way round, or does not fit it; or a layer cannot
+            generate its kernel. The model is as it was but for sizes that
+            do not fit.
+    """
+    state = expanded_state_dict(model, plain, source)
+    own = model.state_dict().keys()
+    missing, unused = sorted(own - state.keys()), sorted(state.keys() - own)
+    if missing or unused:
+        raise CheckpointError(
+            f'{source}: the training form cannot start from its plain form, '
+            + ' and '.join([f'which has nothing for {shortened(missing)}'] * bool(missing)
+                           + [f'has no place for {shortened(unused)}'] * bool(unused))
+            + '. What can be expanded is a convolution that keeps its name: no block of several '
+            'branches with a BN each (RepVGG, DBB)')
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f'{source} does not fit the training form. {error}') from error
+    return len(list(reparam_layers(model)))
 
 
 def _require_architecture(found: Architecture, name: str | None) -> None:

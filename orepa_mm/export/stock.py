@@ -221,10 +221,12 @@ def _without_pretrained(init_cfg: Any) -> Any:
 def _found(value: Any, registry: Registry) -> Any:
     """What a config's `type` names, in its own `_scope_` if it has one."""
     name = value.get('type') if isinstance(value, dict) else None
-    if isinstance(name, str):
-        scope = value.get('_scope_')
-        return registry.get(name if '.' in name or not scope else f'{scope}.{name}')
-    return name
+    if not isinstance(name, str):
+        return name
+    if value.get('_scope_') in (None, registry.scope):
+        return registry.get(name)
+    with registry.switch_scope_and_registry(value['_scope_']) as other:  # as MMEngine builds it
+        return other.get(name)
 
 
 def _has_deploy_form(value: dict, registry: Registry) -> bool:

@@ -7,7 +7,6 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
 
 from ..analysis.measure import (
     count_multiply_adds,
@@ -41,11 +39,11 @@ from ..engine.metrics import changed_metrics, metrics_at_chance, tested_metrics
 from ..errors import CheckpointError, VerificationError
 from ..export.onnx import compare_onnx, export_onnx, require_onnx
 from ..export.stock import deploy_config, require_safetensors, save_deployed
-from ..files import folder_written_whole, sha256
+from ..files import folder_written_whole
 from ..layers.precision import exact_float32
 from ..reparam import is_training_form, reparameterize
-from ..reparam.verify import VerificationReport, verify
-from ..version import __version__
+from ..reparam.verify import verify
+from .evidence import checkpoint_meta, first_images, largest_differences
 from .summary import FORMS
 
 #: All files that a re-parameterization may write.
@@ -168,14 +166,14 @@ class _Deployment:
         self.after = _built_from_files(self.folder).to(device)
         self.after.eval()
         loader = Runner.build_dataloader(self.cfg.test_dataloader, seed=runner.seed)
-        self.batches = _batches(loader, self.before, num_images)
+        self.batches = first_images(loader, self.before, num_images)
         verification = verify(self.before, self.after, self.batches)
         report = {
             'checkpoint': str(self.checkpoint), 'form': self.form,
             'package': PACKAGES.get(self.cfg.get('default_scope'), ('',))[0],
             'verification': verification.as_dict(),
             'images': sum(len(batch['inputs']) for batch in self.batches),
-            'largest_difference': _largest(verification),
+            'largest_difference': largest_differences(verification),
             'problems': [] if verification.passed else [verification.explain()],
             'warnings': [], 'notes': [],
             'parameters': dict(zip(FORMS, map(count_parameters, (self.before, self.after)))),
@@ -189,7 +187,7 @@ class _Deployment:
             report['notes'].append(verification.explain())
         if self.batches:
             report.update(_costs(self.before, self.after, self.batches[0], rounds))
-        self.meta = _meta(self.before, self.checkpoint, report, loader.dataset)
+        self.meta = checkpoint_meta(self.before, self.checkpoint, report, loader.dataset)
         return report
 
     def export(self) -> tuple[dict[str, Any], list[str]]:
@@ -244,29 +242,6 @@ def _built_from_files(folder: Path) -> nn.Module:
     return model
 
 
-def _batches(loader: DataLoader, model: nn.Module, count: int) -> list[dict]:
-    """The first test images, preprocessed, without augmentation."""
-    batches: list[dict] = []
-    for data in loader:
-        batch = model.data_preprocessor(data, False)
-        images = len(batch['inputs'])
-        batches.append({key: value[:count] if isinstance(value, (Tensor, list)) else value
-                        for key, value in batch.items()} if images > count else batch)
-        count -= images
-        if count <= 0:
-            break
-    return batches
-
-
-def _largest(verification: VerificationReport) -> dict[str, float]:
-    """The largest error of the raw outputs: in each dtype, and by rounding of what is stored."""
-    largest = {dtype: verification.largest(dtype).error
-               for dtype in sorted({error.dtype for error in verification.errors})}
-    if verification.rounding:
-        largest['rounding'] = max(error.error for error in verification.rounding)
-    return largest
-
-
 def _notes(report: Mapping[str, Any], model: nn.Module) -> list[str]:
     """What must be known to read the result."""
     if 'metrics' not in report:
@@ -277,29 +252,6 @@ def _notes(report: Mapping[str, Any], model: nn.Module) -> list[str]:
         return ['a metric at chance proves nothing: that both forms are equal is proven by the raw '
                 'outputs and the layers alone']
     return []
-
-
-def _meta(model: nn.Module, checkpoint: Path, report: Mapping[str, Any], dataset: Any
-          ) -> dict[str, Any]:
-    """What the checkpoint says about itself; plain types only."""
-    verification = report['verification']
-    classes = getattr(model, 'dataset_meta', None) or {
-        key: value for key, value in (getattr(dataset, 'metainfo', None) or {}).items()
-        if key in ('classes', 'palette')}
-    return {
-        'form': report['form'],
-        'source': checkpoint.name,
-        'source_sha256': sha256(checkpoint),
-        'versions': {'orepa_mm': __version__, 'torch': torch.__version__.split('+')[0],
-                     **{name: import_module(name).__version__
-                        for name in ('mmengine', 'mmcv', *(
-                            name for name, (package, *_) in PACKAGES.items()
-                            if package == report['package']))}},
-        'verified': verification['passed'],
-        'largest_difference': dict(report['largest_difference']),
-        'verification': verification,
-        **({'dataset_meta': classes} if classes else {}),  # inferencers fail at a None
-    }
 
 
 def _dropped(checkpoint: Path) -> dict[str, int]:

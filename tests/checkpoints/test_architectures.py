@@ -12,7 +12,8 @@ from orepa_mm.checkpoints import (
     read_classifier,
     recognize_architecture,
 )
-from orepa_mm.checkpoints.architectures import build_backbone
+from orepa_mm.checkpoints.architectures import build_backbone, plain_form_of
+from orepa_mm.checkpoints.official import read_plain_classifier
 from orepa_mm.errors import CheckpointError
 
 NARROW = {
@@ -226,7 +227,7 @@ def test_a_block_count_that_no_resnet_has():
 
 # --- other forms ------------------------------------------------------------
 
-TRAINED = {'backbone.conv1.weight0.vector': (6, 8), 'backbone.bn1.weight': (8,)}
+TRAINED = {'backbone.conv1.weight0.weight_orepa_origin': (8, 3, 3, 3), 'backbone.bn1.weight': (8,)}
 PLAIN = {'conv1.weight': (64, 3, 7, 7), 'layer1.0.conv1.weight': (64, 64, 3, 3)}
 
 
@@ -247,7 +248,7 @@ PLAIN = {'conv1.weight': (64, 3, 7, 7), 'layer1.0.conv1.weight': (64, 64, 3, 3)}
     ({**TRAINED, 'neck.convs.0.weight': (8, 8, 3, 3), 'decode_head.conv_seg.weight': (19, 8, 1, 1)},
      r'a segmentor in training form .*tools/reparam\.py'),
     ({key.removeprefix('backbone.'): shape for key, shape in TRAINED.items()},
-     r'training form, but is no image classifier.* begins with the keys conv1\.weight0\.vector'),
+     r'training form, but is no image classifier.* begins with the keys conv1\.weight0\.'),
     ({'backbone.layer1.0.conv1.dbb_origin.conv.weight': (8, 8, 3, 3)},
      r'Diverse Branch Blocks, not OREPA.*tools/reparam\.py'),
     ({'stage0.conv1.conv.weight': (64, 3, 7, 7), 'stage0.conv1.bn.weight': (64,)},
@@ -281,3 +282,50 @@ def test_our_training_form_of_another_kind(change, message):
     state = {key: value for key, value in state.items() if value is not None}
     with pytest.raises(CheckpointError, match=message + r'.*its config: tools/reparam\.py'):
         read_classifier(state)
+
+
+# --- plain --------------------------------------------------------------------
+
+def in_openmmlabs_names(state):
+    return {f'head.{key}' if key.startswith('fc.') else f'backbone.{key}': value
+            for key, value in state.items()}
+
+
+@pytest.mark.parametrize(('name', 'depth', 'groups', 'width'), [
+    *((f'resnet{depth}', depth, 1, 64) for depth in (18, 34, 50, 101, 152)),
+    ('resnext50_32x4d', 50, 32, 4), ('resnext101_32x8d', 101, 32, 8)])
+def test_plain_networks_of_torchvision(name, depth, groups, width):
+    import torchvision
+
+    with torch.device('meta'):
+        state = getattr(torchvision.models, name)(num_classes=7).state_dict()
+    expected = resnet_config(depth, 64)
+    if groups > 1:
+        expected |= dict(type='OREPAResNeXt', groups=groups, width_per_group=width)
+    assert plain_form_of(state) == 'torchvision'
+    architecture, stock = read_plain_classifier({'state_dict': state})
+    assert (architecture.backbone, architecture.num_classes) == (expected, 7)
+    assert stock == in_openmmlabs_names(state)
+    assert plain_form_of(stock) == 'openmmlab'
+    assert recognize_architecture(stock) == architecture
+    assert read_plain_classifier(stock) == (architecture, stock)
+    with pytest.raises(CheckpointError, match='plain'):
+        read_classifier(stock)
+
+
+def test_a_wider_bottleneck_is_not_taken_for_another_network():
+    import torchvision
+
+    with torch.device('meta'):
+        state = torchvision.models.wide_resnet50_2().state_dict()
+    with pytest.raises(CheckpointError, match=r'layer1\.0\.conv1\.weight has the shape '
+                       r'\(128, 64, 1, 1\), where ResNet-50 asks for \(64, 64, 1, 1\)'):
+        read_plain_classifier(state)
+
+
+@pytest.mark.parametrize('shapes', [
+    TRAINED, {**PLAIN, 'layer1.0.conv2.weight_orepa_origin': (64, 64, 3, 3)},
+    {'features.0.weight': (8, 3, 3, 3)},
+    {'conv1.0.weight': (32, 3, 3, 3), 'layer1.0.conv1.weight': (64, 64, 1, 1)}])
+def test_what_is_no_plain_resnet(shapes):
+    assert plain_form_of(shapes) is None

@@ -1,11 +1,8 @@
 """Converting checkpoint files: every form for numbers, every refusal, what a user sees."""
 
-import runpy
-import sys
-
 import pytest
 import torch
-from helpers import ROOT, golden, needs_golden, randomize, relative_error
+from helpers import golden, needs_golden, randomize, relative_error
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 
@@ -38,15 +35,6 @@ def logits_of(backbone, fc_weight, fc_bias, x):
         features = backbone(x.double())
     features = features[-1] if isinstance(features, tuple) else features
     return features.mean(dim=(2, 3)) @ fc_weight.double().T + fc_bias.double()
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """Write a checkpoint file."""
-    def save(checkpoint, name='source.pth'):
-        torch.save(checkpoint, tmp_path / name)
-        return tmp_path / name
-    return save
 
 
 def as_the_runner_saves(model):
@@ -225,18 +213,6 @@ def test_a_form_that_does_not_exist(tmp_path):
 
 
 # --- the command line -------------------------------------------------------
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the tool; gives its exit code, standard output and standard error."""
-    def run(*arguments):
-        tool = str(ROOT / 'tools' / 'convert_checkpoint.py')
-        monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(tool, run_name='__main__')
-        return exit_info.value.code, *capsys.readouterr()
-    return run
-
 
 @needs_golden
 def test_what_a_user_sees(saved, tmp_path, command):

@@ -18,8 +18,10 @@ from orepa_mm.checkpoints import load_weights
 from orepa_mm.datasets import make_shapes_coco
 from orepa_mm.engine import add_config_arguments, load_config
 from orepa_mm.errors import CheckpointError, NothingToConvertError, VerificationError
+from orepa_mm.files import sha256
 from orepa_mm.workflow import deploy as pipeline
 from orepa_mm.workflow import print_report, reparameterize_checkpoint
+from orepa_mm.workflow.evidence import first_images
 
 CONFIG = f'''
 _base_ = '{ROOT}/configs/retinanet/retinanet_orepa-r18-light_fpn_400i_coco.py'
@@ -97,7 +99,7 @@ def test_what_is_written(folder, plain):
     meta = checkpoint['meta']
     assert plain_types(meta)
     assert (meta['form'], meta['verified'], meta['source']) == ('plain', True, 'iter_5.pth')
-    assert meta['source_sha256'] == pipeline.sha256(folder / 'iter_5.pth')
+    assert meta['source_sha256'] == sha256(folder / 'iter_5.pth')
     assert len(meta['source_sha256']) == 64
     assert meta['versions'].keys() == {'orepa_mm', 'torch', 'mmengine', 'mmcv', 'mmdet'}
     assert meta['largest_difference']['float64'] < 1e-12
@@ -176,7 +178,7 @@ def test_onnx(folder, capsys):
     assert report['onnx']['inputs']['network']['inputs'][0] == 'batch'
     properties = {entry.key: entry.value
                   for entry in onnx.load(folder / 'onnx' / 'model.onnx').metadata_props}
-    assert properties['source_sha256'] == pipeline.sha256(folder / 'iter_5.pth')
+    assert properties['source_sha256'] == sha256(folder / 'iter_5.pth')
     assert (properties['form'], json.loads(properties['verified'])) == ('folded', True)
     print_report(report, folder / 'onnx')
     assert 'final boxes that ONNX Runtime finds as well' in capsys.readouterr().out
@@ -335,7 +337,7 @@ def test_images_are_counted_not_batches(count, sizes):
                     'scale': 2.0}
 
     images = [torch.full((2,), float(i)) for i in range(7)]
-    batches = pipeline._batches([images[:3], images[3:6], images[6:]], Preprocessor, count)
+    batches = first_images([images[:3], images[3:6], images[6:]], Preprocessor, count)
     assert [len(batch['inputs']) for batch in batches] == sizes
     assert [i for batch in batches for i in batch['data_samples']] == list(range(sum(sizes)))
     assert all(batch['scale'] == 2.0 for batch in batches)

@@ -1,0 +1,83 @@
+"""What two forms are compared on, and what a checkpoint then says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..backbones.registration import PACKAGES
+from ..files import sha256
+from ..reparam import VerificationReport
+from ..version import __version__
+
+
+def first_images(loader: DataLoader, model: nn.Module, count: int) -> list[dict]:
+    """The first test images, preprocessed, without augmentation.
+
+    Args:
+        loader: Of the test set.
+        model: Its data preprocessor is used.
+        count: How many images; the last batch is cut.
+
+    Returns:
+        Batches as the model takes them.
+    """
+    batches: list[dict] = []
+    for data in loader:
+        batch = model.data_preprocessor(data, False)
+        images = len(batch['inputs'])
+        batches.append({key: value[:count] if isinstance(value, (Tensor, list)) else value
+                        for key, value in batch.items()} if images > count else batch)
+        count -= images
+        if count <= 0:
+            break
+    return batches
+
+
+def largest_differences(verification: VerificationReport) -> dict[str, float]:
+    """The largest error of the raw outputs: in each dtype, and by rounding of what is stored.
+
+    Args:
+        verification: How two forms compare.
+    """
+    largest = {dtype: verification.largest(dtype).error
+               for dtype in sorted({error.dtype for error in verification.errors})}
+    if verification.rounding:
+        largest['rounding'] = max(error.error for error in verification.rounding)
+    return largest
+
+
+def checkpoint_meta(model: nn.Module, checkpoint: Path, report: Mapping[str, Any], dataset: Any
+                    ) -> dict[str, Any]:
+    """What a written checkpoint says about itself; plain types only.
+
+    Args:
+        model: What is written, for its classes.
+        checkpoint: The file that it was made from.
+        report: `form`, `package`, `verification` and `largest_difference`.
+        dataset: Whose classes are taken if the model has none; may be None.
+    """
+    verification = report['verification']
+    classes = getattr(model, 'dataset_meta', None) or {
+        key: value for key, value in (getattr(dataset, 'metainfo', None) or {}).items()
+        if key in ('classes', 'palette')}
+    return {
+        'form': report['form'],
+        'source': checkpoint.name,
+        'source_sha256': sha256(checkpoint),
+        'versions': {'orepa_mm': __version__, 'torch': torch.__version__.split('+')[0],
+                     **{name: import_module(name).__version__
+                        for name in ('mmengine', 'mmcv', *(
+                            name for name, (package, *_) in PACKAGES.items()
+                            if package == report['package']))}},
+        'verified': verification['passed'],
+        'largest_difference': dict(report['largest_difference']),
+        'verification': verification,
+        **({'dataset_meta': classes} if classes else {}),  # inferencers fail at a None
+    }
