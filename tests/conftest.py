@@ -13,6 +13,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _no_default_scope_of_another_file():
+    """As below, for what is built once for a whole file, before its first test."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(DefaultScope, '_instance_dict', type(DefaultScope._instance_dict)())
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_default_scope(monkeypatch):
     """A scope that another test left behind would decide which package's class is built."""
