@@ -33,7 +33,7 @@ ROUNDING_TOLERANCE = 1e-3
 #: precision may make outputs differ, at least.
 _UNITS_OF_ROUNDING = 8
 #: How an entry of a layer that was run by itself is marked.
-_ALONE = ' (on a random input)'
+ALONE = ' (on a random input)'
 
 
 def verify(before: nn.Module, after: nn.Module,
@@ -184,7 +184,7 @@ def _compare_layers(before: nn.Module, exact: nn.Module, after: nn.Module, store
                                 _by_rounding(torch.finfo(stored_as[name]).eps))
                     for name, error in errors.items()]
     alone, layers = errors_on_random_inputs(before, stored)
-    found.layers += [OutputError(name + _ALONE, 'float64', error, _by_rounding(found.unit))
+    found.layers += [OutputError(name + ALONE, 'float64', error, _by_rounding(found.unit))
                      for name, error in alone.items()]
     found.uncompared = sorted(layers)
     found.unmatched = sorted(missed | other_settings(exact, after))
@@ -197,7 +197,7 @@ def _by_rounding(unit: float) -> float:
 
 def _layer_of(name: str) -> str:
     """The layer of an entry of `layers`."""
-    layer = name.removesuffix(_ALONE) if name.endswith(_ALONE) else name.rpartition('.')[0]
+    layer = name.removesuffix(ALONE) if name.endswith(ALONE) else name.rpartition('.')[0]
     return layer or 'itself'
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -43,7 +42,7 @@ from ..files import folder_written_whole
 from ..layers.precision import exact_float32
 from ..reparam import is_training_form, reparameterize
 from ..reparam.verify import verify
-from .evidence import checkpoint_meta, first_images, largest_differences
+from .evidence import built_model, checkpoint_meta, first_images, largest_differences
 from .summary import FORMS
 
 #: All files that a re-parameterization may write.
@@ -188,6 +187,7 @@ class _Deployment:
         if self.batches:
             report.update(_costs(self.before, self.after, self.batches[0], rounds))
         self.meta = checkpoint_meta(self.before, self.checkpoint, report, loader.dataset)
+        self.after.dataset_meta = self.meta.get('dataset_meta')  # for what is exported of it
         return report
 
     def export(self) -> tuple[dict[str, Any], list[str]]:
@@ -230,9 +230,7 @@ def _require_training_form(model: nn.Module, checkpoint: Path) -> None:
 
 def _built_from_files(folder: Path) -> nn.Module:
     """The deployed model as a user gets it; an error if the weights do not fit strictly."""
-    cfg = Config.fromfile(folder / 'config.py')
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        model = MODELS.build(cfg.model)
+    model = built_model(Config.fromfile(folder / 'config.py'))
     try:
         load_weights(model, folder / 'model.pth')
     except CheckpointError as error:

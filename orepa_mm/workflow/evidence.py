@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -15,6 +18,19 @@ from ..backbones.registration import PACKAGES
 from ..files import sha256
 from ..reparam import VerificationReport
 from ..version import __version__
+
+
+def built_model(cfg: Config) -> nn.Module:
+    """The model of a config, as its runner builds it.
+
+    Args:
+        cfg: A config; MMPretrain's has the data preprocessor beside the model.
+    """
+    model = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor'):
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        return MODELS.build(model)
 
 
 def first_images(loader: DataLoader, model: nn.Module, count: int) -> list[dict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
@@ -26,15 +24,13 @@ from ..reparam import is_training_form
 from ..reparam.layer_check import layers_with_branches
 from ..reparam.raw_outputs import scale_relative_error
 from ..reparam.verification_report import OutputError
-from ..reparam.verify import VerificationReport, verify
-from .evidence import checkpoint_meta, first_images, largest_differences
+from ..reparam.verify import ALONE, VerificationReport, verify
+from .evidence import built_model, checkpoint_meta, first_images, largest_differences
 
 #: Largest scale-relative error of a kernel that a block generates in place of a plain one, and of
 #: its output: that of `set_kernel`. A kernel that is much smaller than the other branches is
 #: what is left of their cancellation.
 KERNEL_TOLERANCE = 1e-5
-#: How `verify` marks the output of a layer that was run by itself.
-_ALONE = ' (on a random input)'
 #: Height and width of the noise that stands for images, in pixels.
 _NOISE_SIZE = 224
 
@@ -85,7 +81,7 @@ def expand_checkpoint(cfg: Config, checkpoint: str | Path, out: str | Path, *,
     if out.exists():
         raise FileExistsError(f'{out} exists already: nothing is overwritten')
     source = load_checkpoint(checkpoint)
-    plain, model = _built(deploy_config(cfg)), _built(cfg)
+    plain, model = built_model(deploy_config(cfg)), built_model(cfg)
     if not is_training_form(model):
         raise NothingToConvertError(
             "the config's model has nothing to expand into. Give the config of the training to "
@@ -118,15 +114,6 @@ def expand_checkpoint(cfg: Config, checkpoint: str | Path, out: str | Path, *,
         torch.save({'meta': meta, 'state_dict': state}, path)
     copied = len(state.keys() & plain.state_dict().keys())
     return Expansion(expanded, copied, verification, meta)
-
-
-def _built(cfg: Config) -> nn.Module:
-    """The model of a config, as its runner builds it."""
-    model = copy.deepcopy(cfg.model)
-    if cfg.get('data_preprocessor'):
-        model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        return MODELS.build(model)
 
 
 def _require_plain(model: nn.Module, state: dict, checkpoint: Path) -> None:
@@ -179,11 +166,11 @@ def _verified(model: nn.Module, plain: nn.Module, batches: list[dict]) -> Verifi
     kernels = {f'{name}.weight': scale_relative_error(
         plain.get_submodule(name).weight, block.equivalent_kernel_bias()[0])
         for name, block in blocks.items()}
-    held = {*kernels, *(name + _ALONE for name in blocks)}
+    held = {*kernels, *(name + ALONE for name in blocks)}
     layers = tuple(OutputError(error.name, error.dtype, kernels.get(error.name, error.error),
                                KERNEL_TOLERANCE) if error.name in held else error
                    for error in found.layers)
-    first = next((error.name.removesuffix(_ALONE).removesuffix('.weight') for error in layers
+    first = next((error.name.removesuffix(ALONE).removesuffix('.weight') for error in layers
                   if not error.passed), None)
     if first is None and found.first_difference not in blocks:
         first = found.first_difference

@@ -180,6 +180,7 @@ def test_onnx(folder, capsys):
                   for entry in onnx.load(folder / 'onnx' / 'model.onnx').metadata_props}
     assert properties['source_sha256'] == sha256(folder / 'iter_5.pth')
     assert (properties['form'], json.loads(properties['verified'])) == ('folded', True)
+    assert json.loads(properties['classes']) == ['circle', 'square', 'triangle']
     print_report(report, folder / 'onnx')
     assert 'final boxes that ONNX Runtime finds as well' in capsys.readouterr().out
     deploy(folder, folder / 'onnx', test=False)  # replaced as a whole: no graph of other weights

@@ -14,6 +14,7 @@ from orepa_mm.engine import add_config_arguments, load_config
 from orepa_mm.errors import VerificationError
 from orepa_mm.workflow import deploy as pipeline
 from orepa_mm.workflow import reparameterize_checkpoint
+from orepa_mm.workflow.evidence import built_model
 
 
 def config(folder):
@@ -84,3 +85,12 @@ def test_a_config_that_builds_another_network_is_refused(efficient_net, monkeypa
                        r'starts in the layer backbone\.layers\.0\.conv'):
         deploy(folder, folder / 'wrong')
     assert not (folder / 'wrong').exists()
+
+
+def test_a_preprocessor_beside_the_model_belongs_to_it():
+    """MMPretrain's place for it: what is exported tells mean and std of it."""
+    cfg = Config(dict(default_scope='mmpretrain', data_preprocessor=dict(
+        type='ClsDataPreprocessor', mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], num_classes=2),
+        model=dict(type='ImageClassifier', backbone=dict(type='ResNet', depth=18))))
+    assert built_model(cfg).data_preprocessor.mean.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert 'data_preprocessor' not in cfg.model
