@@ -113,9 +113,8 @@ def has_plain_kernel(layer: ReparamConv2d, prefix: str, tensors: Mapping[str, Te
         tensors: Of a state dict.
     """
     kernel = tensors.get(f'{prefix}weight')
-    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    return kernel is not None and kernel.shape == shape and not _branch_keys(
-        layer, prefix) & tensors.keys()
+    return kernel is not None and kernel.shape == layer.kernel_shape and not (
+        layer.branch_keys(prefix) & tensors.keys())
 
 
 def folded_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -159,9 +158,5 @@ def _branches(layer: ReparamConv2d, prefix: str, tensors: Mapping[str, Tensor]
         raise CheckpointError(
             f'the plain kernel {key} cannot be expanded: {error}. Leave this convolution plain in '
             'the config, or make the stem wider') from error
-    own = _branch_keys(layer, prefix)
+    own = layer.branch_keys(prefix)
     return {name: value for name, value in layer.state_dict(prefix=prefix).items() if name in own}
-
-
-def _branch_keys(layer: ReparamConv2d, prefix: str) -> set[str]:
-    return layer.state_dict(prefix=prefix).keys() - {f'{prefix}bias'}

@@ -91,7 +91,7 @@ def require_same_form(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     written_as_folded = noted(state_dict, 'form') == 'folded'
     if not (layers or folded or written_as_folded or any(map(is_branch_key, tensors))):
         return
-    found = (_mismatch_of_branches(model, layers, tensors)
+    found = (_mismatch_of_branches(model, layers, 'folded' if folded else 'plain', tensors)
              or _mismatch_of_folding(model, folded, written_as_folded, tensors))
     if found:
         theirs, ours, layer = found
@@ -145,12 +145,14 @@ def _noticed(resume: Callable) -> Callable:
 
 
 def _mismatch_of_branches(model: nn.Module, layers: Collection[nn.Module],
-                          keys: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
-    """(form of the weights, form of the model, layer) if only one of them has branches."""
+                          form: str, keys: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
+    """(form of the weights, form of the model, layer) if only one of them has branches.
+
+    `form` is the model's where it has none.
+    """
     folded = folded_layers(model, keys)
     with_branches = {prefix for key in keys if is_branch_key(key) for prefix in _prefixes(key)}
     inside = {module for layer in layers for module in layer.modules()}
-    form = 'folded' if _folded_norms(model) else 'plain'
     for name, module in model.named_modules():
         parent, _, last = name.rpartition('.')
         if module in layers and name not in with_branches:
@@ -194,7 +196,7 @@ def _require_whole_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> No
         own = {key: tensor.shape for key, tensor in layer.state_dict(prefix=prefix).items()
                if not key.endswith('num_batches_tracked')}
         plain = f'{prefix}weight' in tensors
-        if plain and not (own.keys() - {f'{prefix}bias'}) & tensors.keys():
+        if plain and not layer.branch_keys(prefix) & tensors.keys():
             continue  # of another shape, which MMEngine says
         missing = [key for key in own if key not in tensors]
         others = [key for key in own if key in tensors and tensors[key].shape != own[key]]

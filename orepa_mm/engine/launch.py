@@ -15,13 +15,13 @@ import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from ..checkpoints import load_weights
+from ..checkpoints.expansion import without_wrappers
 from ..datasets import apply_data_root
 from ..errors import ConfigError
 from .built_layers import log_built_layers
@@ -173,10 +173,7 @@ def bare_model(runner: Runner) -> nn.Module:
     Args:
         runner: Any runner.
     """
-    model = runner.model
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
+    return without_wrappers(runner.model)
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:

@@ -80,17 +80,10 @@ class ReparamConv2d(WithConstants, ABC):
         if height != width or height % 2 == 0:
             raise ValueError(f'{type(self).__name__} needs an odd square kernel, '
                              f'got kernel_size={kernel_size}')
-        self.in_channels = geometry.in_channels
-        self.out_channels = geometry.out_channels
-        self.kernel_size = geometry.kernel_size
-        self.stride = geometry.stride
-        self.padding = geometry.padding
-        self.dilation = geometry.dilation
-        self.groups = geometry.groups
-        self.padding_mode = geometry.padding_mode
-        self.transposed = geometry.transposed
-        self.output_padding = geometry.output_padding
-        self._reversed_padding_repeated_twice = geometry._reversed_padding_repeated_twice
+        for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation',
+                     'groups', 'padding_mode', 'transposed', 'output_padding',
+                     '_reversed_padding_repeated_twice'):
+            setattr(self, name, getattr(geometry, name))
         self._factory_kwargs = {'device': device, 'dtype': dtype}
         if bias:
             self.bias = nn.Parameter(torch.empty(out_channels, **self._factory_kwargs))
@@ -137,6 +130,19 @@ class ReparamConv2d(WithConstants, ABC):
                         'function of its branches')
 
     # --- as a convolution ----------------------------------------------------
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """`(o, i, k, k)`."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def branch_keys(self, prefix: str = '') -> set[str]:
+        """What a checkpoint holds of the branches, without the bias, which plain layers have too.
+
+        Args:
+            prefix: What the layer's keys begin with there.
+        """
+        return self.state_dict(prefix=prefix).keys() - {f'{prefix}bias'}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -216,11 +222,10 @@ class ReparamConv2d(WithConstants, ABC):
                 left as it was.
             TypeError: If the kernel is no linear function of the branches.
         """
-        reference = self._reference()
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        if tuple(kernel.shape) != shape:
-            raise ValueError(f'{type(self).__name__} needs a kernel of shape {shape}, got '
-                             f'{tuple(kernel.shape)}')
+        reference, device = self._reference(), self._exact_device()
+        if tuple(kernel.shape) != self.kernel_shape:
+            raise ValueError(f'{type(self).__name__} needs a kernel of shape {self.kernel_shape}, '
+                             f'got {tuple(kernel.shape)}')
         if bias is not None and (self.bias is None or bias.shape != self.bias.shape):
             raise ValueError(f'{type(self).__name__} has ' + (
                 'no bias' if self.bias is None else f'a bias of shape {tuple(self.bias.shape)}')
@@ -230,10 +235,10 @@ class ReparamConv2d(WithConstants, ABC):
         if not kernel.isfinite().all():
             raise ValueError('the kernel to be set holds values that are not finite')
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        wanted = kernel.detach().to(self._exact_device()).double()
+        wanted = kernel.detach().to(device).double()
         for _ in range(2):
-            self._change_kernel(wanted - self.squeeze(torch.float64, self._exact_device()))
-        missed = (wanted - self.squeeze(torch.float64, self._exact_device())).abs().max().item()
+            self._change_kernel(wanted - self.squeeze(torch.float64, device))
+        missed = (wanted - self.squeeze(torch.float64, device)).abs().max().item()
         missed /= wanted.abs().max().item() or 1.0
         tolerance = max(_KERNEL_TOLERANCE, 8 * torch.finfo(reference.dtype).eps)
         if strict and not missed <= tolerance:
@@ -318,10 +323,8 @@ class ReparamConv2d(WithConstants, ABC):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self.forget_kernel()
         key = f'{prefix}weight'
-        own = self.state_dict(prefix=prefix).keys() - {f'{prefix}bias'}
-        if key in state_dict and not own & state_dict.keys():
-            shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-            if tuple(state_dict[key].shape) == shape:
+        if key in state_dict and not self.branch_keys(prefix) & state_dict.keys():
+            if tuple(state_dict[key].shape) == self.kernel_shape:
                 # A runner would only warn, and go on with random weights.
                 raise RuntimeError(
                     f'{prefix[:-1]} is in training form ({type(self).__name__}), but the '
@@ -334,7 +337,7 @@ class ReparamConv2d(WithConstants, ABC):
             error_msgs.append(
                 f'size mismatch for {key}: copying a param with shape '
                 f'{tuple(state_dict[key].shape)} from checkpoint, the shape in current model is '
-                f'{shape}.')
+                f'{self.kernel_shape}.')
             state_dict = {name: value for name, value in state_dict.items() if name != key}
             args = local_metadata, strict, [], unexpected_keys, error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args)
