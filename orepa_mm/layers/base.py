@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import CheckpointError
 from .constants import WithConstants
 from .generated import GeneratedKernel
 from .kept import KeptKernel
@@ -326,7 +327,7 @@ class ReparamConv2d(WithConstants, ABC):
         if key in state_dict and not self.branch_keys(prefix) & state_dict.keys():
             if tuple(state_dict[key].shape) == self.kernel_shape:
                 # A runner would only warn, and go on with random weights.
-                raise RuntimeError(
+                raise CheckpointError(
                     f'{prefix[:-1]} is in training form ({type(self).__name__}), but the '
                     f'checkpoint holds a plain convolution ({key}). Load it into the plain model '
                     'and expand that by orepa_mm.expand, or load it by load_from, init_cfg or '

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+
 
 class WithConstants(nn.Module):
     """A module whose squeeze needs constants beside its parameters.
@@ -58,7 +60,7 @@ class WithConstants(nn.Module):
         for name, own in constants.items():
             stored = state_dict.get(prefix + name)
             if stored is not None and not _same(stored, own):
-                raise RuntimeError(
+                raise CheckpointError(
                     f'{prefix}{name} of the checkpoint is not the constant that '
                     f'{type(self).__name__} has there (shape {tuple(own.shape)}): it was written '
                     'by another definition of the block, and would compute something else')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from ..layers.precision import has_float64
 def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
                 failed: dict[str, str] | None = None) -> dict[str, Tensor]:
     """What the network computes before any selection: features and head outputs.
+
+    What draws random numbers gets the same at every call.
 
     Args:
         model: A detector, any other OpenMMLab model, or a plain module.
@@ -33,7 +36,8 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
 
     def run(group: str, function: Callable[[], object]) -> None:
         try:
-            outputs[group] = function()
+            with _same_random_numbers(reference.device):
+                outputs[group] = function()
         except Exception as error:  # whatever a head does with it: what failed is named
             if failed is None:
                 raise
@@ -55,6 +59,14 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
             else:
                 failed[group] = 'it needs the features'
     return {name: tensor for name, tensor in flattened(outputs) if tensor.numel()}
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Some heads draw some in evaluation too (SegNeXt's); afterwards all is as it was."""
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(0)
+        yield
 
 
 def _tensor_mode(model: nn.Module, inputs: Tensor, samples: list) -> object:

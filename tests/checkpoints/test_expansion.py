@@ -171,6 +171,12 @@ def test_a_runner_does_not_resume_from_plain_weights(tmp_path):
                 resume=lambda path, **_: load_checkpoint(model, path))), path)):
         refused(model, resume, 'is in plain form, but the model is in training form(.|\n)*'
                 'load_from(.|\n)*optimizer')
+    averaged = saved(plain, tmp_path / 'averaged.pth', optimizer={}, ema_state_dict={
+        f'module.{key}': value for key, value in plain.state_dict().items()})
+    runner = Runner(model, str(tmp_path / 'work'), load_from=averaged, resume=True,
+                    default_scope='mmdet', custom_hooks=[dict(type='EMAHook')])
+    next(hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook').before_run(runner)
+    refused(model, runner.load_or_resume, 'is in training form (.|\n)*load_from')
     load_checkpoint(model, path)  # afterwards as before
     same(model, plain)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
+from orepa_mm.errors import CheckpointError
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 
 # --- interface ----------------------------------------------------------------
@@ -262,7 +263,7 @@ def test_state_dict_holds_no_kernel(layer, x):
 
 
 def test_checkpoint_of_the_other_form_is_refused(layer):
-    with pytest.raises(RuntimeError, match=r'in training form.*orepa_mm\.expand.*load_from'):
+    with pytest.raises(CheckpointError, match=r'in training form.*orepa_mm\.expand.*load_from'):
         layer.load_state_dict(layer.to_conv2d().state_dict(), strict=False)
 
 
@@ -286,7 +287,7 @@ def test_constants_of_another_definition_are_refused(layer):
         if not name.endswith('centre'):
             state = with_constants(layer)
             state[name] = constant + 0.1
-            with pytest.raises(RuntimeError, match=f'{name} of the checkpoint is not'):
+            with pytest.raises(CheckpointError, match=f'{name} of the checkpoint is not'):
                 layer.load_state_dict(state, strict=False)
 
 

@@ -40,6 +40,18 @@ def test_it_passes_in_whatever_mode():
     assert not after.training
 
 
+class RandomHead(nn.Module):
+    """As SegNeXt's: it draws where it starts its search, in evaluation too."""
+
+    def forward(self, x):
+        return x * torch.rand(x.shape[1:], dtype=x.dtype, device=x.device)
+
+
+def test_what_draws_random_numbers_gets_the_same():
+    before = nn.Sequential(model(), RandomHead()).eval()
+    assert verify(before, reparameterize(before), images()).complete
+
+
 def test_without_inputs_nothing_is_proven():
     report = verify(model(), reparameterize(model()), [])
     assert not report.passed
