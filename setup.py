@@ -61,7 +61,7 @@ setup(
                       'openmim>=0.3.9', 'setuptools<82'],
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         'safetensors': ['safetensors'],
-        'test': ['pytest', 'pytest-xdist', 'ruff'],
+        'test': ['pytest', 'pytest-xdist', 'ruff', 'timm'],
     },
     cmdclass={'build_py': BuildPy, 'develop': Develop},
     zip_safe=False,

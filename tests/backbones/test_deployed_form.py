@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import randomize, relative_error, vary_scales
 from mmengine.registry import MODELS
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -85,6 +86,12 @@ def stock_of(backbone, cfg):
     return MODELS.build(stock)
 
 
+def twin_of(backbone, cfg):
+    """The stock network that people train, whose weights they have."""
+    return MODELS.build({**cfg, 'type': 'mmpretrain.RepVGG'}) if 'RepVGG' in cfg['type'] else (
+        stock_of(backbone, cfg))
+
+
 EXCITED = narrow_repvgg(se_cfg=dict(ratio=4, divisor=1))
 
 
@@ -113,6 +120,24 @@ def test_deployed_form_is_the_stock_network(name):
             assert len(found) == len(expected)
             for one, other in zip(found, expected):
                 assert relative_error(one, other) < 1e-8
+
+
+@pytest.mark.parametrize('name', [name for name, cfg in CASES.items() if 'DBB' not in cfg['type']])
+def test_it_starts_from_the_weights_of_its_stock_twin(name):
+    """Plain weights, as `init_cfg` and `load_from` load them: stage by stage the same."""
+    cfg = CASES[name]
+    if 'ResNet' in cfg['type'] or 'ResNeXt' in cfg['type']:
+        cfg = {**cfg, 'stem_channels': 24}  # a narrower 7 x 7 stem cannot generate every kernel
+    backbone = MODELS.build(cfg)
+    stock = randomize(twin_of(backbone, cfg)).double()
+    backbone.double()
+    stock.eval()
+    backbone.eval()
+    mmengine_checkpoint.load_state_dict(backbone, stock.state_dict(), strict=True)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for found, expected in zip(backbone(images), stock(images), strict=True):
+            assert relative_error(found, expected) < 1e-8
 
 
 #: Largest scale-relative difference of a whole backbone that computes in this type.

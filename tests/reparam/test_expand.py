@@ -4,6 +4,7 @@ import copy
 import sys
 
 import pytest
+import timm
 import torch
 import torchvision
 from helpers import randomize, relative_error
@@ -124,6 +125,8 @@ def test_blocks_with_norms_inside_are_refused():
 NETWORKS = {
     'torchvision ResNet-18': lambda: torchvision.models.resnet18(width_per_group=64),
     'torchvision MobileNetV3': lambda: torchvision.models.mobilenet_v3_small(width_mult=0.5),
+    'timm MobileNetV3': lambda: timm.create_model('mobilenetv3_small_050'),
+    'timm ConvNeXt': lambda: timm.create_model('convnext_atto'),
     'ConvNeXt': lambda: MODELS.build(dict(type='mmpretrain.ConvNeXt', arch=dict(
         depths=[1, 1, 1, 1], channels=[8, 16, 24, 32]), out_indices=(0, 1, 2, 3))),
     'BiSeNetV2': lambda: MODELS.build(dict(

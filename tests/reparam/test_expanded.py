@@ -15,7 +15,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from orepa_mm import reparameterize
-from orepa_mm.errors import ConfigError, NothingToConvertError
+from orepa_mm.errors import CheckpointError, ConfigError, NothingToConvertError
 from orepa_mm.export import deploy_config
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, reparam_layers
 
@@ -139,6 +139,18 @@ def test_weights_of_either_form_load_as_load_from_does(tmp_path):
     other = build(expanded(MODELS_OF['mmdet']), seed=9)
     load_checkpoint(other, str(tmp_path / 'training.pth'))
     assert_same_weights(other, model)
+
+
+def test_weights_in_training_form_in_an_init_cfg_are_refused(tmp_path):
+    """There they would meet plain convolutions; `load_from` is for them."""
+    init_default_scope('mmdet')
+    trained = build(expanded(MODELS_OF['mmdet']))
+    torch.save({'state_dict': trained.state_dict()}, tmp_path / 'training.pth')
+    model = build({**expanded(MODELS_OF['mmdet']), 'init_cfg': dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'training.pth'))})
+    with pytest.raises(CheckpointError, match='is in training form, but the model is in plain'):
+        model.init_weights()
+    assert len(list(reparam_layers(model))) == len(list(reparam_layers(trained)))
 
 
 class Failing(BaseModule):
