@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.precision import has_float64
+from .selection import SameSelection
 
 
 def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
-                failed: dict[str, str] | None = None) -> dict[str, Tensor]:
+                failed: dict[str, str] | None = None,
+                selection: SameSelection | None = None) -> dict[str, Tensor]:
     """What the network computes before any selection: features and head outputs.
 
     What draws random numbers gets the same at every call.
@@ -25,6 +27,8 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
         proposals: Of a two-stage detector, one `InstanceData` per image.
         failed: Gets the reason of each group of outputs (`features`, `rpn`,
             `roi`, `output`) that does not run. Without it the error is raised.
+        selection: Notes what the model selects by score on its way, or says it; the
+            scores are among the outputs.
 
     Returns:
         Tensors by name, e.g. `features[0]`; empty ones, which prove nothing,
@@ -33,10 +37,11 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
     reference = next(model.parameters())
     inputs, samples = batch['inputs'].to(reference), batch.get('data_samples')
     outputs: dict[str, object] = {}
+    selection = selection or SameSelection()
 
     def run(group: str, function: Callable[[], object]) -> None:
         try:
-            with _same_random_numbers(reference.device):
+            with _same_random_numbers(reference.device), selection:
                 outputs[group] = function()
         except Exception as error:  # whatever a head does with it: what failed is named
             if failed is None:
@@ -58,6 +63,7 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
                 run(group, lambda head=head: head(outputs['features']))
             else:
                 failed[group] = 'it needs the features'
+    outputs['selected from'] = selection.scores
     return {name: tensor for name, tensor in flattened(outputs) if tensor.numel()}
 
 

@@ -20,6 +20,7 @@ from .layer_check import (
 from .locate import first_differing_layer
 from .raw_outputs import describe, frozen, own_proposals, raw_outputs, scale_relative_error
 from .reparameterize import converted, unwrapped
+from .selection import SameSelection
 from .verification_report import OutputError, SkippedOutputs, VerificationReport
 
 #: Largest scale-relative error of a raw output that counts as equal. In float32 the two forms
@@ -51,7 +52,9 @@ def verify(before: nn.Module, after: nn.Module,
        signal reaches on these inputs shows in no output.
 
     A detector with proposals gets the same proposals in both forms, those of
-    the form before: a difference of rounding must not become one of selection.
+    the form before, and whatever else selects by score (the queries of a DETR in
+    two stages) selects the same: a difference of rounding must not become one of
+    selection. The scores are compared.
 
     Args:
         before: The model in training form.
@@ -103,10 +106,10 @@ class _Findings:
         return max(TOLERANCES[dtype], _UNITS_OF_ROUNDING * self.unit)
 
     def outputs(self, model: nn.Module, form: str, dtype: str, batch: dict,
-                proposals: list | None) -> dict[str, Tensor]:
+                proposals: list | None, selection: SameSelection) -> dict[str, Tensor]:
         """Raw outputs; what does not run is noted."""
         failed: dict[str, str] = {}
-        outputs = raw_outputs(model, batch, proposals, failed)
+        outputs = raw_outputs(model, batch, proposals, failed, selection)
         self.skip(form, dtype, failed)
         return outputs
 
@@ -149,9 +152,10 @@ def _compare_in_float32(before: nn.Module, after: nn.Module, batches: list[dict]
         except Exception as error:  # as of a head, see raw_outputs
             proposals.append(None)
             found.skip('training', 'float32', {'roi': describe(error)})
-        expected = found.outputs(before, 'training', 'float32', batch, proposals[-1])
-        found.compare(found.errors, 'float32', expected,
-                      found.outputs(after, 'deployed', 'float32', batch, proposals[-1]))
+        own = SameSelection()
+        expected = found.outputs(before, 'training', 'float32', batch, proposals[-1], own)
+        found.compare(found.errors, 'float32', expected, found.outputs(
+            after, 'deployed', 'float32', batch, proposals[-1], SameSelection(own)))
     found.not_run = sorted(layers.keys() - called)
     return proposals
 
@@ -166,13 +170,15 @@ def _compare_in_float64(before: nn.Module, after: nn.Module, batches: list[dict]
     found.first_difference = next((_layer_of(error.name) for error in found.layers
                                    if not error.passed), None)
     for batch, own in zip(batches, proposals):
-        expected = found.outputs(before, 'training', 'float64', batch, own)
+        selection = SameSelection()
+        expected = found.outputs(before, 'training', 'float64', batch, own, selection)
         for errors, model in ((found.errors, exact), (found.rounding, stored)):
-            agree = found.compare(errors, 'float64', expected,
-                                  found.outputs(model, 'deployed', 'float64', batch, own))
+            agree = found.compare(errors, 'float64', expected, found.outputs(
+                model, 'deployed', 'float64', batch, own, SameSelection(selection)))
             if not agree and found.first_difference is None:
                 found.first_difference = first_differing_layer(
-                    before, model, lambda model: raw_outputs(model, batch, own),  # noqa: B023
+                    before, model, lambda model: raw_outputs(
+                        model, batch, own, selection=SameSelection(selection)),  # noqa: B023
                     found.tolerance(errors, 'float64'))
 
 
