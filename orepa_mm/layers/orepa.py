@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import squeeze
 from .base import ReparamConv2d, _NamedConv2d
+from .squeezed import squeezed
 
 
 class _BranchedConv2d(ReparamConv2d):
@@ -24,6 +25,8 @@ class _BranchedConv2d(ReparamConv2d):
     initial_scales: tuple[float, ...]
     #: Name of the origin branch, `(o, i, k, k)`.
     origin: str
+    #: Whether the squeeze runs through `torch.compile`.
+    compiled = False
 
     def _set_init_options(self, single_init: bool, init_hyper_gamma: float,
                           init_hyper_para: float) -> None:
@@ -102,8 +105,10 @@ class _KxK(_BranchedConv2d):
 
     def _make_constants(self) -> dict[str, Tensor]:
         k, o = self.kernel_size[0], self.out_channels
+        # the first two and the last are those of the authors' files, which are compared with them
         constants = {f'{self.prefix}avg_avg': torch.full((k, k), 1 / k**2),
-                     f'{self.prefix}prior': squeeze.frequency_prior(o, k)}
+                     f'{self.prefix}prior': squeeze.frequency_prior(o, k),
+                     'windows': squeeze.branch_windows(o, k, len(self.initial_scales) == 6)}
         first = getattr(self, f'{self.prefix}1x1_kxk_idconv1', None)
         if first is not None:
             constants['id_tensor'] = squeeze.identity_pointwise(*first.shape[:2])
@@ -141,24 +146,19 @@ class _OREPAConv2d(_KxK):
         self.vector = self._new_parameter(6, o)
         self._create(_1x1=(o, i, 1, 1))
 
-    def _make_constants(self) -> dict[str, Tensor]:
-        return {**super()._make_constants(),
-                'centre': squeeze.centre_window(self.kernel_size[0])}
-
     def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
                 ) -> Tensor:
         """The sum of the six branches, `(o, i, k, k)`; see the base class."""
         def at(tensor: Tensor) -> Tensor:
             return self._at(tensor, dtype, device)
 
-        return squeeze.orepa_kernel(
+        return squeezed('orepa_kernel', dict(
             origin=at(self.weight_orepa_origin), average=at(self.weight_orepa_avg_conv),
             prior=at(self.weight_orepa_pfir_conv), first=at(self.weight_orepa_1x1_kxk_idconv1),
             second=at(self.weight_orepa_1x1_kxk_conv2), pointwise=at(self.weight_orepa_1x1),
             depthwise=at(self.weight_orepa_gconv_dw), separable=at(self.weight_orepa_gconv_pw),
-            scales=at(self.vector), average_window=at(self.weight_orepa_avg_avg),
-            prior_window=at(self.weight_orepa_prior), centre_window=at(self.centre),
-            identity=at(self.id_tensor), groups=self.groups)
+            scales=at(self.vector), windows=at(self.windows)),
+            dict(identities=1 if self.groups <= 4 else 2, groups=self.groups), self.compiled)
 
 
 class OREPAConv2d(_OREPAConv2d, _NamedConv2d):
@@ -227,8 +227,8 @@ class OREPARepVGGConv2d(_KxK, _NamedConv2d):
             _1x1_kxk_conv2=(o, hidden // g, k, k),
             gconv_dw=(self.expansion * self.in_channels, 1, k, k),
             gconv_pw=(o, self.expansion * i, 1, 1))
-        unread = self.in_channels == self.out_channels and self.stride == (1, 1)
-        self.vector = self._new_parameter(len(self.initial_scales) + unread, o)
+        self._has_unread_row = self.in_channels == self.out_channels and self.stride == (1, 1)
+        self.vector = self._new_parameter(len(self.initial_scales) + self._has_unread_row, o)
 
     def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
                 ) -> Tensor:
@@ -237,16 +237,16 @@ class OREPARepVGGConv2d(_KxK, _NamedConv2d):
             return self._at(tensor, dtype, device)
 
         identity_based = hasattr(self, 'id_tensor')
-        return squeeze.orepa_kernel(
+        return squeezed('orepa_kernel', dict(
             origin=at(self.weight_rbr_origin), average=at(self.weight_rbr_avg_conv),
             prior=at(self.weight_rbr_pfir_conv),
             first=at(self.weight_rbr_1x1_kxk_idconv1 if identity_based
                      else self.weight_rbr_1x1_kxk_conv1),
             second=at(self.weight_rbr_1x1_kxk_conv2), pointwise=None,
             depthwise=at(self.weight_rbr_gconv_dw), separable=at(self.weight_rbr_gconv_pw),
-            scales=at(self.vector), average_window=at(self.weight_rbr_avg_avg),
-            prior_window=at(self.weight_rbr_prior), centre_window=None,
-            identity=at(self.id_tensor) if identity_based else None, groups=self.groups)
+            scales=at(self.vector[:-1] if self._has_unread_row else self.vector),
+            windows=at(self.windows)),
+            dict(identities=int(identity_based), groups=self.groups), self.compiled)
 
 
 class OREPAConv1x1(_BranchedConv2d, _NamedConv2d):
@@ -333,6 +333,7 @@ class OREPAConv1x1(_BranchedConv2d, _NamedConv2d):
         def at(tensor: Tensor) -> Tensor:
             return self._at(tensor, dtype, device)
 
-        return squeeze.orepa_1x1_kernel(
+        return squeezed('orepa_1x1_kernel', dict(
             origin=at(self.weight_or1x1_origin), first=at(self.weight_or1x1_l2i_conv1),
-            second=at(self.weight_or1x1_l2i_conv2), scales=at(self.vector), groups=self.groups)
+            second=at(self.weight_or1x1_l2i_conv2), scales=at(self.vector)),
+            dict(groups=self.groups), self.compiled)

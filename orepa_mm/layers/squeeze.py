@@ -72,11 +72,33 @@ def centre_window(kernel_size: int) -> Tensor:
 # --- one function per block -------------------------------------------------------
 
 
+def branch_windows(out_channels: int, kernel_size: int, pointwise: bool) -> Tensor:
+    """The windows that follow the 1 x 1 branches: an average, the frequency prior, the centre.
+
+    One for each row of the scaling vectors behind the origin's. The 1 x 1 then
+    k x k branch has a row among them but no window: zeros.
+
+    Args:
+        out_channels: `o`.
+        kernel_size: `k`.
+        pointwise: Whether the block has the 1 x 1 branch.
+
+    Returns:
+        Float32 tensor of shape `(o, n, k^2)`; `n` is 4, or 2 without that branch.
+    """
+    area = kernel_size**2
+    windows = [torch.full((out_channels, area), 1 / area),
+               frequency_prior(out_channels, kernel_size).flatten(1)]
+    if pointwise:
+        centre = centre_window(kernel_size).flatten().expand(out_channels, area)
+        windows += [torch.zeros(out_channels, area), centre]
+    return torch.stack(windows, dim=1)
+
+
 def orepa_kernel(
     *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
     pointwise: Tensor | None, depthwise: Tensor, separable: Tensor, scales: Tensor,
-    average_window: Tensor, prior_window: Tensor, centre_window: Tensor | None,
-    identity: Tensor | None, groups: int = 1,
+    windows: Tensor, identities: int = 1, groups: int = 1,
 ) -> Tensor:
     """The kernel of an OREPA block: the sum of its branches, each with its scaling vector.
 
@@ -89,38 +111,33 @@ def orepa_kernel(
         pointwise: The 1 x 1 branch, `(o, i, 1, 1)`; None in the block of RepVGG,
             which has such a convolution beside it.
         depthwise: Of the depthwise-separable branch, `(e*I, 1, k, k)`.
-        separable: The 1 x 1 of that branch, `(o, e*i, 1, 1)`.
+        separable: The 1 x 1 of that branch, `(o, e*i, 1, 1)`. Its OUTPUT axis is
+            `(o/g, g)` with the group running fastest, unlike that of an ordinary
+            grouped convolution (and of the kernel); the authors' checkpoints need it.
         scales: Scaling vectors, one row per branch: origin, average, prior, 1 x 1
             then k x k, pointwise if there is one, depthwise-separable; `(5 or 6, o)`.
-            A further row is not read.
-        average_window: `1 / k^2` everywhere, `(k, k)`.
-        prior_window: See `frequency_prior`, `(o, k, k)`.
-        centre_window: See `centre_window`, `(k, k)`; read if `pointwise` is given.
-        identity: Added to `first`, `(t, i, 1, 1)`, or None.
+        windows: See `branch_windows`, `(o, 4 or 2, k^2)`.
+        identities: How many identity matrices, one below the other, are added to the
+            rows of each group in `first`: `t / I`, or 0 if none is.
         groups: `g`.
 
     Returns:
         Kernel of shape `(o, i, k, k)`.
     """
-    rows = scales.unbind()
-    if pointwise is None:
-        for_origin, for_average, for_prior, for_sequential, for_separable = rows[:5]
-    else:
-        (for_origin, for_average, for_prior, for_sequential, for_pointwise,
-         for_separable) = rows[:6]
-    if identity is not None:
-        first = first + identity
-    mixes = [average, prior]
-    windows = [for_average.view(-1, 1, 1) * average_window, for_prior.view(-1, 1, 1) * prior_window]
-    if pointwise is not None:
-        mixes.append(pointwise)
-        windows.append(for_pointwise.view(-1, 1, 1) * centre_window)
-    kernel = scale_kernel(origin, for_origin)
-    kernel = kernel + scale_kernel(squeeze_sequential(first, second, groups), for_sequential)
-    kernel = kernel + squeeze_windows(mixes, windows)
-    expansion = separable.shape[1] // origin.shape[1]
-    return kernel + scale_kernel(
-        squeeze_depthwise_separable(depthwise, separable, groups, expansion), for_separable)
+    out, i = origin.shape[:2]
+    rows, area = windows.shape[1:]
+    kernel = scale_kernel(origin.contiguous(), scales[0])
+    bank = windows * scales[1:rows + 1].t().unsqueeze(-1)
+    kernel.view(out, i, area).baddbmm_(
+        stacked_mixes(average, prior, pointwise).permute(1, 2, 0), bank)
+    turned = turn(second, groups)
+    sequential = with_identities(first.reshape(groups, -1, i).transpose(1, 2), turned, identities)
+    add_turned_back(kernel, sequential, scales[3])
+    channels = i * groups
+    spatial = torch.bmm(separable.reshape(-1, channels, separable.shape[1] // i).transpose(0, 1),
+                        depthwise.reshape(channels, -1, area))
+    add_turned_back(kernel, spatial.view(groups, i, -1), scales[-1])
+    return kernel
 
 
 def orepa_1x1_kernel(*, origin: Tensor, first: Tensor, second: Tensor, scales: Tensor,
@@ -137,9 +154,12 @@ def orepa_1x1_kernel(*, origin: Tensor, first: Tensor, second: Tensor, scales: T
     Returns:
         Kernel of shape `(o, i, 1, 1)`.
     """
-    for_origin, for_product = scales.unbind()
-    return scale_kernel(origin, for_origin) + scale_kernel(
-        squeeze_sequential(first, second, groups), for_product)
+    out, i = origin.shape[:2]
+    kernel = scale_kernel(origin.contiguous(), scales[0])
+    kernel.view(groups, -1, i).baddbmm_(
+        scale_kernel(second, scales[1]).reshape(groups, out // groups, -1),
+        first.reshape(groups, -1, i))
+    return kernel
 
 
 def stem_kernel(kernels: Sequence[Tensor]) -> Tensor:
@@ -200,7 +220,7 @@ def dbb_kernel_bias(
     margin = kernel.shape[-1] // 2
     kernel = kernel + F.pad(pointwise[0], [margin] * 4)
     kernel = kernel + squeeze_sequential(first[0], second[0], groups)
-    kernel = kernel + squeeze_windows([average[0]], [window[0].squeeze(1)])
+    kernel = kernel + average[0] * window[0]
     return kernel, (bias + pointwise[1]
                     + second[1] + squeeze_bias(first[1], second[0], groups)
                     + window[1] + average[1] * window[0].sum(dim=(1, 2, 3)))
@@ -222,23 +242,76 @@ def scale_kernel(kernel: Tensor, scale: Tensor) -> Tensor:
     return kernel * scale.view(-1, 1, 1, 1)
 
 
-def squeeze_windows(pointwise: Sequence[Tensor], windows: Sequence[Tensor]) -> Tensor:
-    """Sum of kernels of 1 x 1 convolutions, each followed by a window per output channel.
-
-    An average, the frequency prior, and no spatial extent at all (a window
-    that is one at the centre) are such windows; a scaling vector goes into
-    them. One matrix product per output channel serves all branches.
+def stacked_mixes(average: Tensor, prior: Tensor, pointwise: Tensor | None) -> Tensor:
+    """The 1 x 1 kernels in front of `branch_windows`, `(n, o, i)`.
 
     Args:
-        pointwise: `n` kernels of shape `(o, i, 1, 1)`.
-        windows: `n` windows of shape `(o, k, k)`.
+        average: `(o, i, 1, 1)`.
+        prior: `(o, i, 1, 1)`.
+        pointwise: `(o, i, 1, 1)` or None. In front of the window of zeros any kernel will do.
+    """
+    mixes = [average, prior] if pointwise is None else [average, prior, average, pointwise]
+    return torch.cat(mixes).view(len(mixes), *average.shape[:2])
+
+
+def turn(kernel: Tensor, groups: int = 1) -> Tensor:
+    """A kernel with its input channels first: a matrix per group, whose product is one of these.
+
+    Args:
+        kernel: `(o, c, k, k)`.
+        groups: `g`.
 
     Returns:
-        Kernel of shape `(o, i, k, k)`.
+        `(g, c, o/g * k^2)`, contiguous.
     """
-    mix = torch.cat([weight.flatten(2) for weight in pointwise], dim=2)  # (o, i, n)
-    bank = torch.stack(list(windows), dim=1)  # (o, n, k, k)
-    return (mix @ bank.flatten(2)).reshape(*mix.shape[:2], *bank.shape[2:])
+    out, channels = kernel.shape[:2]
+    split = kernel.reshape(groups, out // groups, channels, -1)
+    return split.transpose(1, 2).reshape(groups, channels, -1)
+
+
+def turn_back(matrix: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `turn`.
+
+    Args:
+        matrix: `(g, c, o/g * k^2)`.
+        like: A kernel of the shape to return, `(o, c, k, k)`.
+    """
+    groups, channels = matrix.shape[:2]
+    split = matrix.view(groups, channels, like.shape[0] // groups, -1)
+    return split.transpose(1, 2).contiguous().view(like.shape)
+
+
+def add_turned_back(kernel: Tensor, matrix: Tensor, scale: Tensor) -> None:
+    """Add a turned kernel to another one in place, each output channel scaled.
+
+    Args:
+        kernel: `(o, c, k, k)`, contiguous.
+        matrix: As from `turn`, `(g, c, o/g * k^2)`.
+        scale: `(o,)`.
+    """
+    groups, channels = matrix.shape[:2]
+    shape = groups, channels, kernel.shape[0] // groups, kernel.shape[2] * kernel.shape[3]
+    kernel.view(groups, shape[2], channels, shape[3]).addcmul_(
+        matrix.view(shape).transpose(1, 2), scale.reshape(groups, -1, 1, 1))
+
+
+def with_identities(factor: Tensor, matrix: Tensor, identities: int) -> Tensor:
+    """Product of a factor, to which identity matrices side by side are added, and a matrix.
+
+    Args:
+        factor: `(g, m, n m)`, or of any width if there is no identity.
+        matrix: `(g, n m, c)`.
+        identities: `n`, or 0.
+
+    Returns:
+        `(g, m, c)`.
+    """
+    if identities == 0:
+        return torch.bmm(factor, matrix)
+    added = matrix
+    if identities > 1:
+        added = matrix.view(matrix.shape[0], identities, -1, matrix.shape[2]).sum(1)
+    return torch.baddbmm(added, factor, matrix)
 
 
 def squeeze_sequential(pointwise: Tensor, conv: Tensor, groups: int = 1) -> Tensor:
@@ -273,30 +346,3 @@ def squeeze_bias(bias: Tensor, conv: Tensor, groups: int = 1) -> Tensor:
     """
     grouped = conv.sum(dim=(2, 3)).reshape(groups, -1, conv.shape[1])  # (g, o/g, t/g)
     return (grouped @ bias.view(groups, -1, 1)).flatten()
-
-
-def squeeze_depthwise_separable(
-    depthwise: Tensor, pointwise: Tensor, groups: int = 1, expansion: int = 8
-) -> Tensor:
-    """Kernel of a depthwise `k x k` convolution followed by a 1 x 1 convolution.
-
-    The depthwise convolution expands each input channel `e` times. The authors
-    split the OUTPUT axis of `pointwise` as `(o/g, g)`, the group running
-    fastest, unlike an ordinary grouped convolution; their checkpoints need it.
-
-    Args:
-        depthwise: `(e*I, 1, k, k)`.
-        pointwise: `(o, e*i, 1, 1)`.
-        groups: `g`.
-        expansion: `e`.
-
-    Returns:
-        Kernel of shape `(o, i, k, k)`.
-    """
-    out, group_expanded = pointwise.shape[:2]
-    group_in = group_expanded // expansion
-    height, width = depthwise.shape[-2:]
-    spatial = depthwise.reshape(groups, group_in, expansion, height, width)
-    mix = pointwise.reshape(out // groups, groups, group_in, expansion)
-    kernel = torch.einsum('gbehw,agbe->gabhw', spatial, mix)
-    return kernel.reshape(out, group_in, height, width)

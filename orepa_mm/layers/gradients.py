@@ -1,0 +1,126 @@
+"""Gradients of the squeezed kernels, by hand: few operations, nothing kept from the forward pass.
+
+One function per block, the counterpart of the one in `squeeze`: it takes the same
+tensors by name, and the gradient of the kernel. In each branch the gradient of the
+branch with its scale left out is made first; a dot product per output channel with
+the branch itself is the gradient of the scale, and scaled it is that of the branch.
+So no product of the forward pass is needed a second time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .squeeze import stacked_mixes, turn, turn_back
+
+
+def orepa_kernel(
+    grad: Tensor, *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
+    pointwise: Tensor | None, depthwise: Tensor, separable: Tensor, scales: Tensor,
+    windows: Tensor, identities: int = 1, groups: int = 1,
+) -> dict[str, Tensor]:
+    """Gradients of `squeeze.orepa_kernel`.
+
+    Args:
+        grad: Of the kernel, `(o, i, k, k)`.
+        origin: This and the following as of `squeeze.orepa_kernel`.
+        average: See there.
+        prior: See there.
+        first: See there.
+        second: See there.
+        pointwise: See there.
+        depthwise: See there.
+        separable: See there.
+        scales: See there.
+        windows: See there; no gradient.
+        identities: See there.
+        groups: See there.
+
+    Returns:
+        The gradients by name, each of the shape of its tensor.
+    """
+    out, i = origin.shape[:2]
+    rows, area = windows.shape[1:]
+    grad = grad.contiguous()
+    flat = grad.view(out, i, area)
+    found = {'origin': _scaled(grad, scales[0])}
+    of_scales = [_row_dots(grad, origin)]
+
+    bank = windows * scales[1:rows + 1].t().unsqueeze(-1)
+    mixes = torch.bmm(bank, flat.transpose(1, 2)).transpose(0, 1).contiguous().unbind()
+    names = ('average', 'prior') if pointwise is None else ('average', 'prior', None, 'pointwise')
+    found.update({name: mix.view(average.shape) for name, mix in zip(names, mixes) if name})
+    seen = torch.bmm(stacked_mixes(average, prior, pointwise).transpose(0, 1), flat)
+    dots = _row_dots(seen.flatten(0, 1), windows.flatten(0, 1)).view(out, rows)
+
+    turned_grad = turn(grad, groups)
+    weight = first.reshape(groups, -1, i)
+    hidden = torch.bmm(weight, turned_grad) if identities == 0 else torch.baddbmm(
+        turned_grad if identities == 1 else turned_grad.repeat(1, identities, 1),
+        weight, turned_grad)
+    by_second = turn_back(hidden, second)
+    of_sequential = _row_dots(second, by_second)
+    found['second'] = _scaled_in_place(by_second, scales[3])
+
+    channels = i * groups
+    branch = separable.reshape(-1, channels, separable.shape[1] // i)
+    seen = turned_grad.view(channels, -1, area)
+    by_separable = torch.bmm(seen, depthwise.reshape(channels, -1, area).transpose(1, 2))
+    by_separable = by_separable.transpose(0, 1).reshape(separable.shape)
+    # its rows run with the group fastest, those of the kernel group by group
+    of_separable = _row_dots(separable, by_separable).view(-1, groups).t().reshape(-1)
+    found['separable'] = _scaled_in_place(by_separable, scales[-1].view(groups, -1).t().reshape(-1))
+
+    # nothing in place here: what is turned may be a view of what it was
+    turned = turn(_scaled(second, scales[3]), groups)
+    found['first'] = torch.bmm(turned, turned_grad.transpose(1, 2)).view(first.shape)
+    scaled = turned_grad.view(groups, i, -1, area) * scales[-1].reshape(groups, 1, -1, 1)
+    found['depthwise'] = torch.bmm(branch.permute(1, 2, 0), scaled.view(seen.shape)).view(
+        depthwise.shape)
+
+    of_scales += [dots[:, 0], dots[:, 1], of_sequential, *dots[:, 3:].unbind(1), of_separable]
+    found['scales'] = torch.stack(of_scales)
+    return found
+
+
+def orepa_1x1_kernel(grad: Tensor, *, origin: Tensor, first: Tensor, second: Tensor,
+                     scales: Tensor, groups: int = 1) -> dict[str, Tensor]:
+    """Gradients of `squeeze.orepa_1x1_kernel`.
+
+    Args:
+        grad: Of the kernel, `(o, i, 1, 1)`.
+        origin: This and the following as of `squeeze.orepa_1x1_kernel`.
+        first: See there.
+        second: See there.
+        scales: See there.
+        groups: See there.
+
+    Returns:
+        The gradients by name, each of the shape of its tensor.
+    """
+    out, i = origin.shape[:2]
+    grad = grad.contiguous()
+    split = grad.view(groups, out // groups, i)
+    factor = first.reshape(groups, -1, i)
+    by_second = torch.bmm(split, factor.transpose(1, 2)).view(second.shape)
+    scaled = _scaled(second, scales[1]).view(groups, out // groups, -1)
+    return {
+        'origin': _scaled(grad, scales[0]),
+        'scales': torch.stack([_row_dots(grad, origin), _row_dots(second, by_second)]),
+        'second': _scaled_in_place(by_second, scales[1]),
+        'first': torch.bmm(scaled.transpose(1, 2), split).view(first.shape),
+    }
+
+
+def _row_dots(one: Tensor, other: Tensor) -> Tensor:
+    """Dot products of the rows of two tensors, `(o,)`; one operation."""
+    return torch.bmm(one.reshape(one.shape[0], 1, -1), other.reshape(one.shape[0], -1, 1)).view(-1)
+
+
+def _scaled(kernel: Tensor, scale: Tensor) -> Tensor:
+    return kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
+
+
+def _scaled_in_place(kernel: Tensor, scale: Tensor) -> Tensor:
+    return kernel.mul_(scale.view(-1, *[1] * (kernel.dim() - 1)))

@@ -1,0 +1,132 @@
+"""How a layer calls the squeeze of its block: with gradients by hand, compiled on demand."""
+
+from __future__ import annotations
+
+import functools
+import time
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from . import gradients, squeeze
+
+#: Squeeze function and its gradients, by name.
+_BLOCKS = ('orepa_kernel', 'orepa_1x1_kernel')
+_functorch_is_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
+
+
+def squeezed(block: str, tensors: Mapping[str, Tensor | None], options: Mapping[str, Any],
+             compiled: bool = False) -> Tensor:
+    """The kernel of a block.
+
+    Where a gradient may be asked for, it is made by `gradients`, and the graph
+    holds nothing but the given tensors. A second derivative goes through the
+    operations of the squeeze, as do `torch.func` and whatever records a graph.
+
+    Args:
+        block: Name of a function in `squeeze`.
+        tensors: Its tensors by name.
+        options: Its other arguments, which are hashable.
+        compiled: Whether to run it through `torch.compile`, see `_Compiled`.
+
+    Returns:
+        Kernel `(o, i, k, k)`.
+    """
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing() or _functorch_is_active()
+            or not torch.is_grad_enabled()):
+        run = _runner(block, False, compiled and not torch.compiler.is_compiling()
+                      and not torch.jit.is_tracing() and not _functorch_is_active())
+        return run(**tensors, **options)
+    return _Squeeze.apply(block, compiled, tuple(tensors), tuple(options.items()),
+                          *tensors.values())
+
+
+class _Squeeze(torch.autograd.Function):
+    """The squeeze of a block with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, block: str, compiled: bool, names: tuple[str, ...],
+                options: tuple[tuple[str, Any], ...], *tensors: Tensor | None) -> Tensor:
+        ctx.call = block, compiled, names, options
+        ctx.save_for_backward(*tensors)
+        return _runner(block, False, compiled)(**dict(zip(names, tensors)), **dict(options))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        block, compiled, names, options = ctx.call
+        tensors = dict(zip(names, ctx.saved_tensors))
+        with torch.autocast(grad.device.type, enabled=False):
+            found = (_through_the_operations(block, tensors, dict(options), grad)
+                     if torch.is_grad_enabled() else  # a second derivative
+                     _runner(block, True, compiled)(grad, **tensors, **dict(options)))
+        return (None, None, None, None, *(found.get(name) for name in names))
+
+
+def _through_the_operations(block: str, tensors: Mapping[str, Tensor | None],
+                            options: Mapping[str, Any], grad: Tensor) -> dict[str, Tensor]:
+    """Gradients that have gradients themselves."""
+    kernel = getattr(squeeze, block)(**tensors, **options)
+    inputs = {name: tensor for name, tensor in tensors.items()
+              if tensor is not None and tensor.requires_grad}
+    return dict(zip(inputs, torch.autograd.grad(kernel, list(inputs.values()), grad,
+                                                create_graph=True)))
+
+
+@functools.cache
+def _runner(block: str, backward: bool, compiled: bool) -> Callable[..., Any]:
+    function = getattr(gradients if backward else squeeze, block)
+    return _Compiled(function) if compiled else function
+
+
+class _Compiled:
+    """A function compiled for each shape of its arguments that it meets.
+
+    A kernel never changes its size, so each shape is a graph of its own, without
+    symbolic sizes. `torch.compile` keeps what it made on disk, so a second start is
+    quick. Where it cannot compile (no C++ compiler, no Triton), the function runs
+    as it is, after one warning.
+
+    Args:
+        function: Pure, of tensors and hashable options.
+    """
+
+    #: Whether some function could not be compiled here.
+    failed = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.by_shape: dict[tuple, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _Compiled.failed:
+            return self.function(*args, **kwargs)
+        key = tuple((value.shape, value.stride(), value.dtype, value.device)
+                    if isinstance(value, Tensor) else value for value in (*args, *kwargs.values()))
+        run = self.by_shape.get(key)
+        return self._first_call(key, args, kwargs) if run is None else run(*args, **kwargs)
+
+    def _first_call(self, key: tuple, args: tuple, kwargs: dict) -> Any:
+        # A code object of its own: TorchDynamo compiles few shapes of one, then gives up.
+        code = self.function.__code__
+        code = code.replace(co_consts=(*code.co_consts, len(self.by_shape)))
+        own = types.FunctionType(code, self.function.__globals__, code.co_name)
+        own.__kwdefaults__ = self.function.__kwdefaults__
+        run = torch.compile(own, fullgraph=True, dynamic=False)
+        start = time.perf_counter()
+        try:
+            result = run(*args, **kwargs)
+        except Exception as error:  # whatever a missing compiler raises
+            _Compiled.failed = True
+            print_log(f'the squeeze runs without torch.compile, which fails here: '
+                      f'{str(error).strip().splitlines()[0] or type(error).__name__}',
+                      'current', 30)
+            return self.function(*args, **kwargs)
+        self.by_shape[key] = run
+        shape = ' x '.join(map(str, kwargs['origin'].shape))
+        print_log(f'compiled {self.function.__module__.rpartition(".")[2]}.{code.co_name} for a '
+                  f'kernel of {shape} in {time.perf_counter() - start:.1f} s', 'current')
+        return result
