@@ -1,12 +1,13 @@
-# make setup | demo | test | lint | doctor | clean
+# make setup | demo | test | lint | bench | doctor | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
+BENCH  := work_dirs/bench
 CONFIG := faster-rcnn_orepa-r18-light_fpn_400i_coco.py
 MIM    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: setup demo test lint doctor clean
+.PHONY: setup demo test lint bench doctor clean
 
 setup:
 	@$(PYTHON) requirements/install.py --venv $(VENV)
@@ -35,6 +36,21 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check .
+
+# What it costs on this machine; see docs/performance.md. Ten minutes on two idle cores.
+BENCHMARK := $(BIN)/python tools/benchmark.py
+R50       := configs/faster_rcnn/faster-rcnn_orepa-r50_fpn_1x_coco.py
+bench: setup
+	$(BENCHMARK) theory --out $(BENCH)
+	$(BENCHMARK) squeeze --rounds 10 --warmup 2 --plot --out $(BENCH)
+	$(BENCHMARK) step --rounds 6 --warmup 1 --plot --out $(BENCH)
+	$(BENCHMARK) step --launch-bound --rounds 50 --plot --out $(BENCH)
+	$(BENCHMARK) memory --plot --out $(BENCH)
+	$(BENCHMARK) latency --rounds 10 --warmup 2 --plot --out $(BENCH)
+	$(BENCHMARK) latency --launch-bound --rounds 100 --plot --out $(BENCH)
+	$(BENCHMARK) convert $(R50) --rounds 5 --warmup 1 --out $(BENCH)
+	$(BENCHMARK) optimizer $(R50) --rounds 10 --out $(BENCH)
+	$(BENCHMARK) tables $(BENCH)
 
 doctor:
 	@PY=$(BIN)/python; [ -x $$PY ] || PY=$(PYTHON); $$PY -m orepa_mm.doctor

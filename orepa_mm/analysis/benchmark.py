@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +15,11 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..backbones.registration import PACKAGES
 from ..checkpoints import load_weights
 from ..errors import ConfigError, NothingToConvertError
 from ..export.stock import deploy_config
 from ..reparam import is_training_form, reparameterize
-from ..version import __version__
+from .conditions import conditions
 from .measure import Cost, Form, Progress, measure_forms, paired_ratio, time_calls
 from .weight_ranges import WeightRange, weight_ranges
 
@@ -110,11 +105,9 @@ def benchmark_config(cfg: Config, checkpoint: str | Path | None = None,
         raise ConfigError('the network does not run on an input of shape '
                           f'{" x ".join(map(str, input_shape))}: {error}') from error
     return Benchmark(costs, steps, ranges, {
-        'device': torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU',
-        'processor': _processor(), 'threads': torch.get_num_threads(),
+        **conditions(device, cfg.get('default_scope')),
         'input_shape': list(input_shape), 'rounds': rounds, 'warmup': warmup,
-        'weights': 'random' if checkpoint is None else str(checkpoint),
-        'versions': _versions(cfg)})
+        'weights': 'random' if checkpoint is None else str(checkpoint)})
 
 
 def network(model: nn.Module, inputs: Tensor) -> Callable[[nn.Module], object]:
@@ -209,20 +202,3 @@ def _boxes(count: int, height: int, width: int) -> Tensor:
     corners = torch.rand(2, count, 2, generator=torch.Generator().manual_seed(0))
     size = torch.tensor([width, height])
     return torch.cat([corners.amin(0) * size, corners.amax(0) * size], dim=1)
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    if sys.platform == 'linux':
-        with contextlib.suppress(OSError):
-            for line in Path('/proc/cpuinfo').read_text().splitlines():
-                if line.startswith('model name'):
-                    return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _versions(cfg: Config) -> dict[str, str]:
-    package = cfg.get('default_scope')
-    names = ('mmengine', 'mmcv', *([package] if package in PACKAGES else []))
-    return {'orepa_mm': __version__, 'torch': torch.__version__,
-            **{name: import_module(name).__version__ for name in names}}

@@ -6,7 +6,7 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -14,13 +14,24 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import forget_kernels
 
 #: Is told what is being done, how many steps of it are done, and of how many.
 Progress = Callable[[str, int, int], None]
+
+#: What `count_operations` leaves out, as ATen names it: views and questions about shapes, which
+#: launch nothing on a device, and allocations that nothing is written into.
+NOT_COUNTED = frozenset((
+    '_reshape_alias', '_unsafe_view', 'alias', 'as_strided', 'chunk', 'detach', 'diagonal',
+    'expand', 'is_same_size', 'narrow', 'permute', 'select', 'slice', 'split', 'split_with_sizes',
+    'squeeze', 't', 'transpose', 'unbind', 'unfold', 'unsqueeze', 'view', 'view_as',
+    'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided'))
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,59 @@ def count_multiply_adds(function: Callable[[], object]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() // 2
+
+
+def count_operations(function: Callable[[], object]) -> int:
+    """Number of operations that a call dispatches and that compute, forward and backward.
+
+    On a GPU each launches a kernel or more, which costs the host 5 to 10
+    microseconds whatever its size. A list of tensors that one operation works
+    on (`torch._foreach_*`) counts once. Left out is `NOT_COUNTED`. What
+    `torch.compile` generates does not go through the dispatcher and is not seen.
+
+    Args:
+        function: Called once.
+    """
+    with _Counter() as counter:
+        function()
+    return counter.count
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations, see `count_operations`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.rpartition('::')[2]
+        self.count += name not in NOT_COUNTED
+        return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(function: Callable[[], object], beyond: Iterable[Tensor] = ()) -> int:
+    """Bytes that a forward pass keeps for its backward pass.
+
+    Counted is the memory behind every saved tensor, once.
+
+    Args:
+        function: A forward pass, called once with gradients. The tensors that
+            it returns are not counted: they are there anyway.
+        beyond: Tensors that are there anyway as well, e.g. parameters.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+        result = function()
+    there = {tensor.untyped_storage().data_ptr() for tensor in (*beyond, *tree_leaves(result))
+             if isinstance(tensor, Tensor)}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in there)
 
 
 def count_file_bytes(model: nn.Module) -> int:
