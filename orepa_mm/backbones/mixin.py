@@ -12,6 +12,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import nn
 
 from ..checkpoints import load_pretrained
+from ..errors import CheckpointError
 from ..layers import DBBConv2d, adjacent_children, reparam_layers, replace_with_conv2d
 
 
@@ -112,7 +113,7 @@ class ReparamBackboneMixin:
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.deploy and any(key.startswith(prefix) and key.endswith(self.training_key)
                                for key in state_dict):
-            raise RuntimeError(
+            raise CheckpointError(
                 f'{type(self).__name__}(deploy=True) is in deploy form, but the checkpoint holds '
                 'its training form (the branches). Re-parameterize the checkpoint with '
                 'tools/reparam.py, or build the backbone without deploy=True.')

@@ -34,13 +34,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
-    checkpoint = read_file(path)
+    checkpoint = read_file(path, mapped=True)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint
 
 
-def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | None = True) -> Any:
+def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | None = True,
+              mapped: bool = False) -> Any:
     """Read a file of `torch.save`, if its checksums are right.
 
     PyTorch itself does not compare them: a flipped bit would be another
@@ -53,6 +54,8 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
         map_location: As of `torch.load`.
         weights_only: As of `torch.load`: None leaves it to PyTorch, which is
             safe unless the user sets `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`.
+        mapped: Leave the tensors in the file until they are used, if it is a zip
+            archive: for reading what is copied into a model at once.
 
     Returns:
         What it holds. If that is a checkpoint whose `meta` names its form, the
@@ -62,9 +65,11 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
         CheckpointError: If the file is damaged, or holds anything but tensors
             and the plain data of a runner's checkpoint.
     """
-    source = _verified(Path(path))
+    path = Path(path)
+    source = _verified(path)
     try:
-        content = torch.load(source, map_location=map_location, weights_only=weights_only)
+        content = torch.load(source, map_location=map_location, weights_only=weights_only,
+                             mmap=mapped and source is path and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f'{path} was not loaded, because it is damaged or holds more than '
                               f'tensors and plain data: {_reason(error)}') from error
@@ -144,8 +149,18 @@ def require_values(key: str, value: Tensor, own: Tensor | None, owner: str) -> N
         raise CheckpointError(f'{key} is no ordinary tensor with values')
     if own is not None and own.is_floating_point() and not value.is_floating_point():
         raise CheckpointError(f'{key} is of type {value.dtype}, where {owner} has {own.dtype}')
-    if value.is_floating_point() and not value.isfinite().all():
+    if value.is_floating_point() and not _is_finite(value):
         raise CheckpointError(f'{key} holds values that are not finite (NaN or Inf)')
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all values are; without a tensor as large as this one, where PyTorch lets."""
+    if value.numel() == 0:
+        return True
+    try:
+        return all(bound.isfinite().item() for bound in value.aminmax())
+    except (NotImplementedError, RuntimeError):  # 8 bits
+        return bool(value.float().isfinite().all())
 
 
 def _verified(path: Path) -> Path | io.BytesIO:

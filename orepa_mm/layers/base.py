@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CheckpointError
+from . import scope
 from .constants import WithConstants
 from .generated import GeneratedKernel
-from .kept import KeptKernel
+from .kept import KeptKernel, is_recorded
 from .precision import exact_products, has_float64
 from .stock import conv2d_like
 
@@ -35,11 +36,13 @@ class ReparamConv2d(WithConstants, ABC):
     In eval mode the kernel is generated once and kept as long as no gradient
     can flow to the branches. It is generated anew after `train()` and `eval()`
     (unless the layer is frozen), loading, moving to another device or dtype,
-    and any in-place change of a parameter. A write through `parameter.data`
-    changes nothing that could be seen without waiting for the device: whoever
-    writes so in eval mode calls `forget_kernel()`. (MMEngine's moving averages
-    do, but its loops call `eval()` afterwards.) A CUDA graph that is captured
-    in eval mode holds the kernel that is kept then.
+    and any in-place change of a parameter. Otherwise it is generated at each
+    call, or once in a forward pass of the model, see `squeezed_once`. A write
+    through `parameter.data` changes nothing that could be seen without waiting
+    for the device: whoever writes so in eval mode, or in the middle of a forward
+    pass, calls `forget_kernel()`. (MMEngine's moving averages write so, but its
+    loops call `eval()` afterwards.) A CUDA graph that is captured in eval mode
+    holds the kernel that is kept then.
 
     Args:
         in_channels: `I`.
@@ -95,6 +98,8 @@ class ReparamConv2d(WithConstants, ABC):
         self.frozen = False
         self._evaluates = False
 
+    #: Set by `nn.DataParallel`, whose replicas have no parameters.
+    _is_replica = False
     extra_repr = nn.Conv2d.extra_repr
     #: What MMEngine's and MMCV's conv-BN functions call with a kernel of their own.
     _conv_forward = nn.Conv2d._conv_forward
@@ -170,12 +175,12 @@ class ReparamConv2d(WithConstants, ABC):
         """
         try:
             kernel = self._kernel()
-            if _is_recorded() or type(kernel) is not Tensor:
+            if is_recorded() or type(kernel) is not Tensor:
                 return kernel
-            # What is handed out may be written into: not the kernel that is kept. It is laid out
+            # What is handed out may be written into: not a kernel that is kept. It is laid out
             # as a stock kernel is, since random numbers come in the order of memory.
-            whole = (kernel.clone(memory_format=torch.contiguous_format) if self._kept
-                     else kernel.contiguous())
+            whole = (kernel.clone(memory_format=torch.contiguous_format)
+                     if self._kept or scope.is_open() else kernel.contiguous())
             return whole if whole.is_inference() else GeneratedKernel.of(self, whole)
         except AttributeError as error:  # nn.Module would say that there is no weight
             raise RuntimeError(f'the kernel of this {type(self).__name__} cannot be generated: '
@@ -297,9 +302,11 @@ class ReparamConv2d(WithConstants, ABC):
     def forget_kernel(self) -> None:
         """Generate the kernel anew at the next call.
 
-        For whoever writes into branches through `parameter.data` in eval mode.
+        For whoever writes into branches through `parameter.data` in eval mode, or in the
+        middle of a forward pass.
         """
         self._kept = None
+        scope.forget(self)
 
     def train(self, mode: bool = True) -> ReparamConv2d:
         """Set the mode as any module does; this forgets the kernel.
@@ -351,17 +358,17 @@ class ReparamConv2d(WithConstants, ABC):
 
     def _kernel(self) -> Tensor:
         """The kernel as the forward pass takes it: kept, if it may be."""
-        if _is_recorded() or getattr(self, '_is_replica', False):  # of nn.DataParallel
+        if is_recorded() or self._is_replica:
             return self._generate()
         if self.training or self._gradient_can_flow():
-            self.forget_kernel()  # fused optimizers write without a trace
-            return self._generate()
+            self._kept = None  # fused optimizers write without a trace
+            return scope.shared_kernel(self, self._generate)
         if self._kept is not None and self._kept.holds_for(self):
             return self._kept.kernel
         # A tensor made in inference mode could not be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             kernel = self._generate()
-        self._kept = None if _is_captured(kernel) else KeptKernel.of(self, kernel)
+        self._kept = KeptKernel.of(self, kernel)
         return kernel
 
     def _generate(self) -> Tensor:
@@ -387,13 +394,3 @@ class _NamedConv2d:
 
 
 _NamedConv2d.__name__ = 'Conv2d'
-
-
-def _is_recorded() -> bool:
-    """Whether a compiler or a tracer records what runs: then nothing may be kept."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _is_captured(kernel: Tensor) -> bool:
-    """Whether a kernel was made inside a CUDA graph, whose memory is not ours to keep."""
-    return kernel.is_cuda and type(kernel) is Tensor and torch.cuda.is_current_stream_capturing()

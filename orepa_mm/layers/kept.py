@@ -1,47 +1,56 @@
-"""The kernel that a layer keeps between calls, and how it is known to be up to date."""
+"""A kernel that a layer uses again, and how it is known to be up to date."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+#: Subclasses may hide their content.
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True)
 class KeptKernel:
     """A generated kernel, and what it was generated from.
 
     Nothing is read back from the device to compare: a tensor is the same if it
-    lies at the same address in the same layout and its version counter, which
-    PyTorch advances at each in-place write, stands where it stood.
+    is the same object, lies at the same address in the same layout, and its
+    version counter, which PyTorch advances at each in-place write, stands where
+    it stood.
 
     Attributes:
-        kernel: `(o, i, k, k)`.
-        sources: Address, layout and version of every parameter and buffer, and of the kernel.
-        aliases: Keep the memory of the sources alive, so that an address cannot
-            come back for other content.
+        kernel: `(o, i, k, k)`; never handed out, so that nobody writes into it.
+        sources: Identity, address, layout and version of every parameter and buffer.
+        tensors: These, alive, so that no identity can come back for another one.
+        memory: Theirs, alive, so that no address can come back for other content.
     """
 
     kernel: Tensor
     sources: list[tuple]
-    aliases: list[Tensor]
+    tensors: list[Tensor]
+    memory: list[torch.UntypedStorage]
 
     @classmethod
     def of(cls, layer: nn.Module, kernel: Tensor) -> KeptKernel | None:
-        """Keep a kernel; None where tensors tell no address or version.
+        """Keep a kernel; None where it may not be used again.
 
         Args:
             layer: What generated it.
             kernel: Just generated.
         """
+        if type(kernel) is not Tensor or kernel.is_meta or is_captured(kernel):
+            return None  # a subclass that may hide its content, no content, or not our memory
         tensors = _tensors(layer)
-        if kernel.is_meta or type(kernel) is not Tensor or any(
-                type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-            return None  # no content, or a subclass that may hide it
-        if any('parametrizations' in module._modules for module in layer.modules()):
-            return None  # which may compute from more than tensors
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return None
+        for module in layer.modules() if layer._modules else ():
+            if 'parametrizations' in module._modules:
+                return None  # which may compute from more than tensors
         try:
-            return cls(kernel, _state([*tensors, kernel]), [t.detach() for t in tensors])
+            kernel.data_ptr()
+            return cls(kernel, _state(tensors), tensors, [t.untyped_storage() for t in tensors])
         except RuntimeError:  # inference tensors, tensors inside torch.func transforms
             return None
 
@@ -52,9 +61,23 @@ class KeptKernel:
             layer: What generated it.
         """
         try:
-            return self.sources == _state([*_tensors(layer), self.kernel])
+            return self.sources == _state(_tensors(layer))
         except RuntimeError:
             return False
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or a tracer records what runs: then nothing may be kept."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_captured(kernel: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, whose memory is not ours to keep.
+
+    Args:
+        kernel: Tells whether this runs on a GPU at all.
+    """
+    return kernel.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
@@ -65,4 +88,4 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def _state(tensors: list[Tensor]) -> list[tuple]:
-    return [(t.data_ptr(), t._version, t.shape, t.stride()) for t in tensors]
+    return [(id(t), t.data_ptr(), t._version, t.stride()) for t in tensors]

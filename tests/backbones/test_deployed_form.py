@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_mm.backbones import mixin
 from orepa_mm.backbones.registration import PACKAGES
+from orepa_mm.errors import CheckpointError
 from orepa_mm.layers import reparam_layers
 from orepa_mm.reparam import reparameterize, verify
 
@@ -233,10 +234,10 @@ def test_dbb_has_no_norm_behind_its_blocks():
 def test_checkpoint_of_the_other_form_is_refused(name):
     training = MODELS.build(CASES[name])
     deployed = MODELS.build({**CASES[name], 'deploy': True})
-    with pytest.raises(RuntimeError, match='deploy form'):
+    with pytest.raises(CheckpointError, match='deploy form'):
         deployed.load_state_dict(training.state_dict(), strict=False)
     if name != 'repvgg':  # whose plain 3 x 3 has another name
-        with pytest.raises(RuntimeError, match=r'training form.*plain convolution'):
+        with pytest.raises(CheckpointError, match=r'training form.*plain convolution'):
             training.load_state_dict(deployed.state_dict(), strict=False)
 
 

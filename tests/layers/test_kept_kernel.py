@@ -8,6 +8,7 @@ from helpers import LAYERS, expected_output, randomize, relative_error, train_on
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import register_parametrization
 
 from orepa_mm.layers import forget_kernels
@@ -100,6 +101,36 @@ def test_another_layout_at_the_same_address(x):
         assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
 
 
+def test_new_content_at_an_old_address(x):
+    """What is kept holds its sources' memory, or the second write would be put there."""
+    layer = randomize(LAYERS['kxk']()).eval()
+    with torch.no_grad():
+        layer(x)
+        address, others = layer.vector.data_ptr(), []
+        layer.vector.data = layer.vector.data * 3
+        for _ in range(1000):  # until an allocator gives the memory out again
+            if layer.vector.data_ptr() == address:
+                break
+            others.append(layer.vector.data)
+            layer.vector.data = layer.vector.data.clone()
+        assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+
+
+def test_dual_numbers_at_the_address_of_the_parameters(x):
+    """Forward-mode derivatives, which no_grad leaves on: same memory, another tensor."""
+    layer = randomize(LAYERS['kxk']()).eval()
+    parameters = dict(layer.named_parameters())
+
+    def run(parameters):
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    expected = torch.func.jvp(run, (parameters,), (parameters,))[1]
+    with torch.no_grad(), forward_ad.dual_level():
+        layer(x)
+        duals = {name: forward_ad.make_dual(p, p) for name, p in parameters.items()}
+        assert relative_error(forward_ad.unpack_dual(run(duals)).tangent, expected) < 1e-5
+
+
 def test_a_parametrization_may_compute_from_anything(x):
     class Times(nn.Module):
         factor = 1.0
@@ -125,7 +156,8 @@ def test_a_replica_of_data_parallel_has_gradients(layer, x):
         for key, parameter in child._parameters.items():
             setattr(inner, key, parameter if parameter is None else parameter.clone())
         setattr(replica, name, inner)
-    assert replica(x).requires_grad
+    replica(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
 def change_in_place(layer):
