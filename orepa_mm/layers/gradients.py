@@ -70,14 +70,14 @@ def orepa_kernel(
     by_separable = by_separable.transpose(0, 1).reshape(separable.shape)
     # its rows run with the group fastest, those of the kernel group by group
     of_separable = _row_dots(separable, by_separable).view(-1, groups).t().reshape(-1)
-    found['separable'] = _scaled_in_place(by_separable, scales[-1].view(groups, -1).t().reshape(-1))
+    scale = scales[-1].view(groups, -1).t().reshape(-1)
+    found['separable'] = _scaled_in_place(by_separable, scale)
 
-    # nothing in place here: what is turned may be a view of what it was
+    # scaled before they are turned: then a scale belongs to a long row
     turned = turn(_scaled(second, scales[3]), groups)
     found['first'] = torch.bmm(turned, turned_grad.transpose(1, 2)).view(first.shape)
-    scaled = turned_grad.view(groups, i, -1, area) * scales[-1].reshape(groups, 1, -1, 1)
-    found['depthwise'] = torch.bmm(branch.permute(1, 2, 0), scaled.view(seen.shape)).view(
-        depthwise.shape)
+    branch = _scaled(separable, scale).view(branch.shape)
+    found['depthwise'] = torch.bmm(branch.permute(1, 2, 0), seen).view(depthwise.shape)
 
     of_scales += [dots[:, 0], dots[:, 1], of_sequential, *dots[:, 3:].unbind(1), of_separable]
     found['scales'] = torch.stack(of_scales)
