@@ -16,6 +16,9 @@ from . import gradients, squeeze
 
 #: Squeeze function and its gradients, by name.
 _BLOCKS = ('orepa_kernel', 'orepa_1x1_kernel')
+#: `_Compiled` looks at shapes itself; what is generated checks them again.
+_OPTIONS = {'guard_filter_fn': torch.compiler.skip_all_guards_unsafe} if hasattr(
+    torch.compiler, 'skip_all_guards_unsafe') else {}
 _functorch_is_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 
 
@@ -104,8 +107,10 @@ class _Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _Compiled.failed:
             return self.function(*args, **kwargs)
-        key = tuple((value.shape, value.stride(), value.dtype, value.device)
-                    if isinstance(value, Tensor) else value for value in (*args, *kwargs.values()))
+        origin = kwargs['origin']  # whose shape, type and place tell those of the others
+        key = (origin.shape, origin.dtype, origin.device, *(
+            value.stride() if isinstance(value, Tensor) else value
+            for value in (*args, *kwargs.values())))
         run = self.by_shape.get(key)
         return self._first_call(key, args, kwargs) if run is None else run(*args, **kwargs)
 
@@ -115,7 +120,7 @@ class _Compiled:
         code = code.replace(co_consts=(*code.co_consts, len(self.by_shape)))
         own = types.FunctionType(code, self.function.__globals__, code.co_name)
         own.__kwdefaults__ = self.function.__kwdefaults__
-        run = torch.compile(own, fullgraph=True, dynamic=False)
+        run = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)
         start = time.perf_counter()
         try:
             result = run(*args, **kwargs)
