@@ -5,6 +5,7 @@ _base_ = 'orepa.py'
 reparam = dict(
     _delete_=True,
     optim_wrapper=dict(
+        constructor='OREPAOptimWrapperConstructor',  # merges equal groups
         paramwise_cfg=dict(
             norm_decay_mult=0.0,
             custom_keys={'bias': dict(lr_mult=2.0, decay_mult=0.0)})),

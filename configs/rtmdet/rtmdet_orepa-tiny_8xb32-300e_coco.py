@@ -9,3 +9,4 @@ model = dict(
         conv_cfg=dict(type='OREPA'),
         include=['backbone.*', 'neck.*', 'bbox_head.*_convs.*'],
         exclude=['*.attention.*']))
+optim_wrapper = dict(constructor='OREPAOptimWrapperConstructor')  # merges equal groups

@@ -39,7 +39,7 @@ def draw_costs(measurement: Measurement) -> Figure | None:
             continue
         bars = axes.bar([x for x, _ in drawn], [value for _, value in drawn], _WIDTH,
                         color=colour, label=label)
-        axes.bar_label(bars, fmt='{:.3g}', fontsize=7)
+        axes.bar_label(bars, fmt=lambda value: f'{value:.{0 if value >= 100 else 1}f}', fontsize=7)
         axes.set_ylabel(label, color=colour)
         axes.margins(y=0.12)
     left.set_xticks(range(len(rows)), [row.name.replace(', ', ',\n') for row in rows], fontsize=8)

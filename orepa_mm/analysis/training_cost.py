@@ -66,6 +66,11 @@ class Settings:
         return cls((2, 3, 64, 64), 8, rounds, warmup, 1, '-launch-bound')
 
     @property
+    def kind(self) -> str:
+        """What a title says of it: nothing, or `, launch-bound`."""
+        return self.name.replace('-', ', ', 1)
+
+    @property
     def device(self) -> torch.device:
         """The GPU, if there is one."""
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -157,7 +162,8 @@ def measure_step(settings: Settings, progress: Progress | None = None) -> Measur
                          names.REPVGG_PLAIN, names.REPVGG], settings.device,
                         settings.base_channels)]
         return Measurement(
-            f'step{settings.name}', 'Training step of a ResNet-50 backbone, nothing frozen',
+            f'step{settings.name}',
+            f'Training step of a ResNet-50 backbone, nothing frozen{settings.kind}',
             _STEP, _measure(subjects, settings, progress), settings.conditions())
 
 
@@ -232,7 +238,8 @@ def measure_memory(settings: Settings, progress: Progress | None = None) -> Meas
             if progress is not None:
                 progress('measuring memory', number, len(wanted))
         return Measurement(
-            f'memory{settings.name}', 'Memory of a training step of a ResNet-50 backbone',
+            f'memory{settings.name}',
+            f'Memory of a training step of a ResNet-50 backbone{settings.kind}',
             'Saved: for the backward pass, beyond parameters. Peak: parameters, momentum, input, '
             'and what PyTorch allocates in a step, gradients among it. Saved by squeezing: beyond '
             'parameters and kernels. Floor: the plain network and three copies of the further '
@@ -261,7 +268,8 @@ def measure_latency(settings: Settings, progress: Progress | None = None) -> Mea
             subjects.append(_Subject(built.name, built.reference,
                                      torch.no_grad()(partial(built.model, inputs))))
         return Measurement(
-            f'latency{settings.name}', 'Forward pass of a ResNet-50 backbone in eval mode',
+            f'latency{settings.name}',
+            f'Forward pass of a ResNet-50 backbone in eval mode{settings.kind}',
             'Plain is the stock network. Ours keeps its kernels from call to call; the authors '
             'generate them at every call. Peak: what PyTorch allocates in a call.',
             _measure(subjects, settings, progress), settings.conditions())

@@ -62,6 +62,17 @@ def test_no_wait_and_nothing_from_the_host(case, mode, grad, x):
             assert not found, (call, found)
 
 
+@pytest.mark.parametrize('case', EVERY_LAYER)
+def test_a_backward_pass_waits_for_nothing_either(case, x):
+    layer = randomize(EVERY_LAYER[case]()).train()
+    y = layer(x)
+    grad = torch.ones_like(y)
+    with Recorder() as recorder:
+        y.backward(grad)
+    assert len(recorder.names) > 5
+    assert not set(recorder.names) & (WAITS | FROM_THE_HOST | {'between devices'})
+
+
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 @pytest.mark.parametrize('case', EVERY_LAYER)
 def test_forward_on_a_gpu_that_is_not_there(case, mode):

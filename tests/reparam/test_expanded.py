@@ -220,7 +220,8 @@ def test_the_optimizer_decays_as_in_the_stock_config():
     """RTMDet: no decay of BN and biases, all else decayed, the branches as the kernel was."""
     cfg = Config.fromfile(ROOT / 'configs' / 'rtmdet' / 'rtmdet_orepa-tiny_8xb32-300e_coco.py')
     theirs = get_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py')
-    assert cfg.optim_wrapper == {**theirs.optim_wrapper, '_scope_': 'mmdet'}
+    assert cfg.optim_wrapper == {**theirs.optim_wrapper, '_scope_': 'mmdet',
+                                 'constructor': 'OREPAOptimWrapperConstructor'}
     init_default_scope('mmdet')
     model = build(expanded(MODELS_OF['mmdet']))
     names = {id(p): name for name, p in model.named_parameters()}
