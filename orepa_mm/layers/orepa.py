@@ -46,6 +46,8 @@ class _BranchedConv2d(ReparamConv2d):
 
     def _at(self, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
         """A branch tensor as the squeeze takes it."""
+        if device is None and tensor.dtype == dtype:
+            return tensor  # as in training, where each call counts
         # first to the device: it may be one without float64
         return tensor.to(device or tensor.device).to(dtype or self.vector.dtype)
 

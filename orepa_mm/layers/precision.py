@@ -49,16 +49,25 @@ def exact_products(device: torch.device) -> Iterator[None]:
         device: Where the factors lie.
     """
     kind = device.type
-    autocast = (torch.autocast(kind, enabled=False)
-                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-                else contextlib.nullcontext())
     setting = None if torch.compiler.is_compiling() else _MATMUL.get(kind)
-    with autocast:
+    with without_autocast(device):
         if setting is None or _is_exact(setting):
             yield
         else:
             with _switched([setting]):
                 yield
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Compute in the types that are given, on one kind of device.
+
+    Args:
+        device: Where it is computed.
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def has_float64(device: torch.device) -> bool:

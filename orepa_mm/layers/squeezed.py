@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from . import gradients, squeeze
+from .precision import without_autocast
 
 #: Squeeze function and its gradients, by name.
 _BLOCKS = ('orepa_kernel', 'orepa_1x1_kernel')
@@ -62,7 +63,7 @@ class _Squeeze(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block, compiled, names, options = ctx.call
         tensors = dict(zip(names, ctx.saved_tensors))
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             found = (_through_the_operations(block, tensors, dict(options), grad)
                      if torch.is_grad_enabled() else  # a second derivative
                      _runner(block, True, compiled)(grad, **tensors, **dict(options)))

@@ -91,6 +91,13 @@ def test_a_branch_that_is_frozen_gets_no_gradient(block):
     assert all(p.grad is not None for p in block.parameters() if p is not frozen and p.dim() == 4)
 
 
+def test_gradients_on_the_meta_device(block):
+    """Shapes only, as for counting memory."""
+    block = block.to('meta')
+    block.squeeze().sum().backward()
+    assert all(p.grad.is_meta for p in block.parameters() if p.dim() == 4)
+
+
 def test_backward_under_autocast_stays_in_float32():
     layer = randomize(LAYERS['kxk']())
     kernel = layer.squeeze()
