@@ -34,14 +34,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
-    checkpoint = read_file(path, mapped=True)
+    checkpoint = read_file(path)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint
 
 
-def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | None = True,
-              mapped: bool = False) -> Any:
+def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | None = True) -> Any:
     """Read a file of `torch.save`, if its checksums are right.
 
     PyTorch itself does not compare them: a flipped bit would be another
@@ -54,8 +53,6 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
         map_location: As of `torch.load`.
         weights_only: As of `torch.load`: None leaves it to PyTorch, which is
             safe unless the user sets `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`.
-        mapped: Leave the tensors in the file until they are used, if it is a zip
-            archive: for reading what is copied into a model at once.
 
     Returns:
         What it holds. If that is a checkpoint whose `meta` names its form, the
@@ -65,11 +62,9 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
         CheckpointError: If the file is damaged, or holds anything but tensors
             and the plain data of a runner's checkpoint.
     """
-    path = Path(path)
-    source = _verified(path)
+    source = _verified(Path(path))
     try:
-        content = torch.load(source, map_location=map_location, weights_only=weights_only,
-                             mmap=mapped and source is path and zipfile.is_zipfile(path))
+        content = torch.load(source, map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f'{path} was not loaded, because it is damaged or holds more than '
                               f'tensors and plain data: {_reason(error)}') from error
