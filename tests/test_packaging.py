@@ -37,7 +37,8 @@ def test_wheel_holds_everything_tracked(names):
                 if '.mim' not in path.parts}
     for folder in ('configs', 'tools'):
         expected |= {f'orepa_mm/.mim/{path.relative_to(ROOT)}'
-                     for path in (ROOT / folder).rglob('*') if path.suffix in ('.py', '.yml', '.sh')}
+                     for path in (ROOT / folder).rglob('*')
+                     if path.suffix in ('.py', '.yml', '.sh')}
     expected.add('orepa_mm/.mim/model-index.yml')
     assert expected == {name for name in names if not name.startswith('orepa_mm-')}
 

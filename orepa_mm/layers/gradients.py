@@ -52,7 +52,7 @@ def orepa_kernel(
     names = ('average', 'prior') if pointwise is None else ('average', 'prior', None, 'pointwise')
     found.update({name: mix.view(average.shape) for name, mix in zip(names, mixes) if name})
     seen = torch.bmm(stacked_mixes(average, prior, pointwise).transpose(0, 1), flat)
-    dots = _row_dots(seen.flatten(0, 1), windows.flatten(0, 1)).view(out, rows)
+    dots = _row_dots(seen.reshape(-1, area), windows.reshape(-1, area)).view(out, rows)
 
     turned_grad = turn(grad, groups)
     weight = first.reshape(groups, -1, i)

@@ -266,7 +266,7 @@ def turn(kernel: Tensor, groups: int = 1) -> Tensor:
     """
     out, channels = kernel.shape[:2]
     split = kernel.reshape(groups, out // groups, channels, -1)
-    return split.transpose(1, 2).reshape(groups, channels, -1)
+    return split.transpose(1, 2).reshape(groups, channels, -1).contiguous()
 
 
 def turn_back(matrix: Tensor, like: Tensor) -> Tensor:

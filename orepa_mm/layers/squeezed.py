@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import gradients, squeeze
 from .precision import without_autocast
@@ -29,7 +30,8 @@ def squeezed(block: str, tensors: Mapping[str, Tensor | None], options: Mapping[
 
     Where a gradient may be asked for, it is made by `gradients`, and the graph
     holds nothing but the given tensors. A second derivative goes through the
-    operations of the squeeze, as do `torch.func` and whatever records a graph.
+    operations of the squeeze, as do `torch.func`, forward mode, and whatever records a
+    graph.
 
     Args:
         block: Name of a function in `squeeze`.
@@ -41,10 +43,10 @@ def squeezed(block: str, tensors: Mapping[str, Tensor | None], options: Mapping[
         Kernel `(o, i, k, k)`.
     """
     if (torch.compiler.is_compiling() or torch.jit.is_tracing() or _functorch_is_active()
-            or not torch.is_grad_enabled()):
-        run = _runner(block, False, compiled and not torch.compiler.is_compiling()
-                      and not torch.jit.is_tracing() and not _functorch_is_active())
-        return run(**tensors, **options)
+            or getattr(forward_ad, '_current_level', -1) >= 0):
+        return getattr(squeeze, block)(**tensors, **options)
+    if not torch.is_grad_enabled():
+        return _runner(block, False, compiled)(**tensors, **options)
     return _Squeeze.apply(block, compiled, tuple(tensors), tuple(options.items()),
                           *tensors.values())
 
@@ -73,6 +75,9 @@ class _Squeeze(torch.autograd.Function):
 def _through_the_operations(block: str, tensors: Mapping[str, Tensor | None],
                             options: Mapping[str, Any], grad: Tensor) -> dict[str, Tensor]:
     """Gradients that have gradients themselves."""
+    # each under a name of its own: two branches may be one tensor, or depend on each other
+    tensors = {name: None if tensor is None else tensor.view_as(tensor)
+               for name, tensor in tensors.items()}
     kernel = getattr(squeeze, block)(**tensors, **options)
     inputs = {name: tensor for name, tensor in tensors.items()
               if tensor is not None and tensor.requires_grad}

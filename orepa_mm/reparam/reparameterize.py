@@ -102,12 +102,14 @@ def _copy_without_branches(model: nn.Module) -> nn.Module:
     """A deep copy with convolutions in place of layers, which saves memory and time.
 
     Layers of a block that re-parameterizes itself stay: it sums their kernels in float64.
+    So do those whose convolution gains a bias, which a BN may take over.
     """
     of_blocks = {layer for block in model.modules() if hasattr(block, 'switch_to_deploy')
                  and not isinstance(block, (ReparamConv2d, ReparamBackboneMixin))
                  for layer in reparam_layers(block)}
-    return copy.deepcopy(model, {id(layer): layer.to_conv2d() for layer in reparam_layers(model)
-                                 if layer not in of_blocks})
+    convs = {id(layer): layer.to_conv2d() for layer in reparam_layers(model)
+             if layer not in of_blocks}
+    return copy.deepcopy(model, {key: conv for key, conv in convs.items() if not conv.gained_bias})
 
 
 def is_training_form(model: nn.Module) -> bool:

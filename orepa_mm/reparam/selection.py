@@ -36,15 +36,15 @@ class SameSelection(TorchFunctionMode):
                            kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func not in (torch.topk, Tensor.topk):
+        if func not in (torch.topk, Tensor.topk) or kwargs.get('out') is not None:
             return result
         scores = args[0] if args else kwargs['input']
         dim = args[2] if len(args) > 2 else kwargs.get('dim', -1)
         indices, number = result[1], len(self.indices)
         if self.before is not None and number < len(self.before.indices):
             theirs = self.before.indices[number]
-            if theirs.shape == indices.shape:
+            if theirs.shape == indices.shape and self.before.scores[number].shape == scores.shape:
                 indices = theirs.to(indices.device)
         self.indices.append(indices)
-        self.scores.append(scores)
+        self.scores.append(scores.clone())  # they may be written over
         return torch.return_types.topk((scores.gather(dim, indices), indices))

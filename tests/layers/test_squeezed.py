@@ -17,6 +17,7 @@ BLOCKS = {
     'kxk of eight groups': lambda **kw: OREPAConv2d(16, 32, 3, groups=8, **kw),
     '5x5': lambda **kw: OREPAConv2d(8, 4, 5, groups=2, **kw),
     'depthwise': lambda **kw: OREPAConv2d(6, 6, 3, groups=6, **kw),
+    'kxk of one': lambda **kw: OREPAConv2d(6, 6, 1, groups=3, **kw),
     'one channel': lambda **kw: OREPAConv2d(1, 1, 3, **kw),
     'kxk of RepVGG, strided': lambda **kw: OREPARepVGGConv2d(4, 4, 3, 2, **kw),
     '1x1 to more': lambda **kw: OREPAConv1x1(4, 12, groups=2, **kw),
@@ -81,6 +82,43 @@ def test_second_derivatives(name):
         lambda *values: torch.func.functional_call(
             layer, dict(zip(names, values)), torch.ones(1, 4, 5, 5, dtype=torch.float64)),
         parameters, fast_mode=True)
+
+
+@pytest.mark.parametrize('create_graph', [False, True])
+def test_branches_that_depend_on_each_other(create_graph):
+    """One tensor under two names, and one made of another: each use counts once."""
+    layer = randomize(LAYERS['kxk']().double())
+    value = torch.randn_like(layer.weight_orepa_1x1, requires_grad=True)
+
+    def gradient():
+        kernel = torch.func.functional_call(layer, {
+            'weight_orepa_1x1': value, 'weight_orepa_avg_conv': 2 * value,
+            'weight_orepa_pfir_conv': value}, torch.ones(1, 4, 5, 5, dtype=torch.float64))
+        return torch.autograd.grad(kernel.sum(), value, create_graph=create_graph)[0]
+
+    found = gradient()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(squeezed, '_functorch_is_active', lambda: True)
+        assert relative_error(found, gradient()) < 1e-12
+
+
+def test_batched_gradients_and_forward_mode(block):
+    kernel = block.squeeze()
+    parameter = next(p for p in block.parameters() if p.dim() == 2)
+    batch = torch.randn(2, *kernel.shape, dtype=kernel.dtype)
+    found, = torch.autograd.grad(kernel, parameter, batch, is_grads_batched=True,
+                                 retain_graph=True)
+    for one, grad in zip(found, batch):
+        assert relative_error(one, torch.autograd.grad(kernel, parameter, grad,
+                                                       retain_graph=True)[0]) < 1e-12
+    name = next(name for name, p in block.named_parameters() if p is parameter)
+    direction = torch.randn_like(parameter)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(parameter, direction)
+        with torch.nn.utils.stateless._reparametrize_module(block, {name: dual}):
+            tangent = torch.autograd.forward_ad.unpack_dual(block.squeeze()).tangent
+    dot = (batch[0] * tangent).sum()
+    assert relative_error(dot, (found[0] * direction).sum()) < 1e-10
 
 
 def test_a_branch_that_is_frozen_gets_no_gradient(block):

@@ -5,7 +5,7 @@ import torch
 from helpers import randomize, relative_error
 from torch import nn
 
-from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from orepa_mm.layers import DBBConv2d, OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 from orepa_mm.reparam import is_training_form, reparameterize
 
 
@@ -42,6 +42,25 @@ def test_the_root_module_is_converted():
     assert type(conv) is nn.Conv2d
     x = images()
     assert relative_error(conv(x), layer(x)) < 1e-5
+
+
+class CalledFromAList(nn.Module):
+    """A block that is registered in front of a BN, and called elsewhere as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = DBBConv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.others = [self.conv]
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.others[0](x)
+
+
+def test_a_layer_that_is_called_from_a_list_keeps_its_bias():
+    before = randomize(CalledFromAList()).eval()
+    x = torch.randn(1, 4, 8, 8)
+    assert relative_error(reparameterize(before)(x), before(x)) < 1e-5
 
 
 def test_a_second_time_does_nothing():
