@@ -100,7 +100,7 @@ def test_expanded_computes_what_the_stock_model_computes(name, size):
     scope = name.partition('::')[0]
     init_default_scope(scope)
     without_downloads(cfg.model)
-    if 'data_preprocessor' in cfg:  # of MMPretrain, beside the model
+    if scope == 'mmpretrain':  # beside the model
         cfg.model.data_preprocessor = {**cfg.data_preprocessor, 'type': 'ClsDataPreprocessor'}
     if cfg.model.get('rpn_head'):
         cfg.model.test_cfg.rpn.max_per_img = 20  # a thousand proposals in float64 take minutes
