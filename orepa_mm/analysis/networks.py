@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -113,7 +113,7 @@ def config_networks(cfg: Config, device: torch.device) -> list[Network]:
               PUBLISHED: as_published(copy.deepcopy(training)), OURS: training}
     missing = missing_option(COMPILED)
     if not missing:
-        models[COMPILED] = MODELS.build(_compiled(cfg.model))
+        models[COMPILED] = MODELS.build(ConfigDict(_compiled(cfg.model)))
     for model in models.values():
         model.to(device).train()
     networks = [Network(name, model, PLAIN) for name, model in models.items()]

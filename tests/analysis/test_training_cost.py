@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from torch import nn
 
 from orepa_mm.analysis import networks, training_cost
@@ -173,6 +174,21 @@ def test_latency(monkeypatch, tmp_path):
     assert counts[networks.PUBLISHED] > counts[networks.DBB] > counts[networks.PLAIN] or (
         counts[networks.DBB] >= counts[networks.PUBLISHED] > counts[networks.PLAIN])
     assert rows[networks.DEPLOYED]['over_reference'] == 1
+
+
+def test_a_detector_in_two_stages_is_built_in_every_form(monkeypatch):
+    """Its classes read their settings as attributes."""
+    monkeypatch.setattr(networks, 'missing_option', lambda name: '')  # built, not run
+    cfg = Config.fromfile(
+        ROOT / 'configs' / 'faster_rcnn' / 'faster-rcnn_orepa-r18-light_fpn_400i_coco.py')
+    init_default_scope('mmdet')
+    built = {one.name: one.model for one in networks.config_networks(cfg, torch.device('cpu'))}
+    layers = {name: [getattr(module, 'compiled', None) for module in model.modules()
+                     if hasattr(module, 'compiled')] for name, model in built.items()}
+    assert layers[networks.OURS]
+    assert not any(layers[networks.OURS])
+    assert all(layers[networks.COMPILED])
+    assert len(layers[networks.COMPILED]) == len(layers[networks.OURS])
 
 
 def test_config_step_convert_and_optimizer(monkeypatch, tmp_path):
