@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..checkpoints import load_weights
-from ..errors import ConfigError, NothingToConvertError
+from ..errors import ConfigError
 from ..export.stock import deploy_config
-from ..reparam import is_training_form, reparameterize
+from ..reparam import reparameterize
 from .conditions import conditions
 from .measure import Cost, Form, Progress, measure_forms, paired_ratio, time_calls
+from .networks import require_training_form
 from .weight_ranges import WeightRange, weight_ranges
 
 
@@ -183,9 +184,7 @@ def _models(cfg: Config, checkpoint: str | Path | None) -> dict[str, nn.Module]:
     """All forms in eval mode, on the CPU; all of the same weights."""
     stock_cfg = deploy_config(cfg)
     training = MODELS.build(cfg.model)
-    if not is_training_form(training):
-        raise NothingToConvertError('the model is not in training form: it has no OREPA or DBB '
-                                    'layer. Give the config that the model is trained with')
+    require_training_form(training)
     if checkpoint is not None:
         load_weights(training, checkpoint)
     training.eval()  # a statement of its own: not every model's train() returns itself

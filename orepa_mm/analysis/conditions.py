@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 
 from ..backbones.registration import PACKAGES
 from ..version import __version__
@@ -33,6 +34,15 @@ def conditions(device: torch.device, package: str | None = None) -> dict[str, An
             'processor': _processor(), 'threads': torch.get_num_threads(),
             'versions': {'orepa_mm': __version__, 'torch': torch.__version__,
                          **{name: import_module(name).__version__ for name in names}}}
+
+
+def config_title(cfg: Config) -> str:
+    """What a measurement of a config is called: the name of its file.
+
+    Args:
+        cfg: Any config.
+    """
+    return Path(cfg.filename or 'model').stem
 
 
 def _processor() -> str:

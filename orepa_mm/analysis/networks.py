@@ -13,7 +13,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NothingToConvertError
 from ..export.stock import deploy_config
 from ..layers import build_orepa_conv
 from ..reparam import is_training_form, reparameterize
@@ -106,9 +106,10 @@ def config_networks(cfg: Config, device: torch.device) -> list[Network]:
         ConfigError: If the model of the config is not in training form.
     """
     training = MODELS.build(cfg.model)
-    if not is_training_form(training):
-        raise ConfigError('the model is not in training form: it has no OREPA or DBB layer. Give '
-                          'the config that the model is trained with')
+    try:
+        require_training_form(training)
+    except NothingToConvertError as error:
+        raise ConfigError(str(error)) from error
     models = {PLAIN: MODELS.build(deploy_config(cfg).model),
               PUBLISHED: as_published(copy.deepcopy(training)), OURS: training}
     missing = missing_option(COMPILED)
@@ -118,6 +119,20 @@ def config_networks(cfg: Config, device: torch.device) -> list[Network]:
         model.to(device).train()
     networks = [Network(name, model, PLAIN) for name, model in models.items()]
     return networks + [Network(COMPILED, None, PLAIN, missing)] * bool(missing)
+
+
+def require_training_form(model: nn.Module) -> None:
+    """Refuse a model in which nothing generates its kernel.
+
+    Args:
+        model: Of a training config.
+
+    Raises:
+        NothingToConvertError: If it is not in training form.
+    """
+    if not is_training_form(model):
+        raise NothingToConvertError('the model is not in training form: it has no OREPA or DBB '
+                                    'layer. Give the config that the model is trained with')
 
 
 def missing_option(name: str) -> str:

@@ -13,16 +13,14 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
-from torch import nn
 
 from ..checkpoints import load_weights
-from ..errors import NothingToConvertError
 from ..export.stock import deploy_config, save_deployed
-from ..reparam import is_training_form, reparameterize
-from .conditions import conditions
+from ..reparam import reparameterize
+from .conditions import conditions, config_title
 from .cost_table import Measurement, Row
 from .measure import Progress, count_operations, count_tensor_bytes, peak_allocation, time_calls
-from .networks import OURS, PLAIN, resnet
+from .networks import OURS, PLAIN, require_training_form, resnet
 from .squeeze_theory import conv_multiply_adds, memory_floor, squeeze_costs
 
 
@@ -44,7 +42,7 @@ def measure_convert(cfg: Config, rounds: int = 5, warmup: int = 1,
     """
     deployed_cfg = deploy_config(cfg)
     model = MODELS.build(cfg.model)
-    _require_training_form(model)
+    require_training_form(model)
     model.eval()
     held = count_tensor_bytes(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +69,7 @@ def measure_convert(cfg: Config, rounds: int = 5, warmup: int = 1,
     rows = tuple(Row(name, tuple(times[name]), peak_bytes=peaks[name],
                      extra={'peak with the model, over it': (held + peaks[name]) / held})
                  for name in calls)
-    title = _title(cfg)
+    title = config_title(cfg)
     return Measurement(
         f'convert-{title}', f'Re-parameterizing {title}',
         f'Peak: what PyTorch allocates in a call, beside the model in training form, which takes '
@@ -99,7 +97,7 @@ def measure_optimizer(cfg: Config, rounds: int = 10, warmup: int = 2,
     for number, (name, one) in enumerate(((PLAIN, deploy_config(cfg)), (OURS, cfg)), 1):
         model = MODELS.build(one.model)
         if name == OURS:
-            _require_training_form(model)
+            require_training_form(model)
         model.to(device)
         settings = copy.deepcopy(one.optim_wrapper)
         # on a CPU PyTorch would loop over the parameters; on a GPU this is its own choice
@@ -117,7 +115,7 @@ def measure_optimizer(cfg: Config, rounds: int = 10, warmup: int = 2,
         if progress is not None:
             progress('counting operations', number, 2)
     times = time_calls(calls, rounds, warmup, progress=progress and partial(progress, 'timing'))
-    title = _title(cfg)
+    title = config_title(cfg)
     return Measurement(
         f'optimizer-{title}', f'One step of the optimizer of {title}',
         'With foreach=True, as PyTorch chooses on a GPU: an operation over a list of tensors '
@@ -172,13 +170,3 @@ def squeeze_theory(shapes: Sequence[tuple[int, int, int, int]] = (
 
 def _traffic(forward: int, step: int) -> dict[str, str]:
     return {'forward (MB)': f'{forward / 1e6:.0f}', 'forward + backward (MB)': f'{step / 1e6:.0f}'}
-
-
-def _require_training_form(model: nn.Module) -> None:
-    if not is_training_form(model):
-        raise NothingToConvertError('the model is not in training form: it has no OREPA or DBB '
-                                    'layer. Give the config that the model is trained with')
-
-
-def _title(cfg: Config) -> str:
-    return Path(cfg.filename or 'model').stem

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..errors import ConfigError
 from ..layers import DBBConv2d, ReparamConv2d, reparam_layers
 from . import networks as names
 from .benchmark import network
-from .conditions import conditions
+from .conditions import conditions, config_title
 from .cost_table import Measurement, Row
 from .measure import (
     Progress,
@@ -187,7 +186,7 @@ def measure_config_step(cfg: Config, settings: Settings, progress: Progress | No
         inputs = settings.inputs()
         built = config_networks(cfg, settings.device)
         run = network(next(one.model for one in built if one.name == names.OURS), inputs)
-        title = Path(cfg.filename or 'model').stem
+        title = config_title(cfg)
         try:
             rows = _measure([_step_subject(one, run) for one in built], settings, progress)
         except (RuntimeError, ValueError) as error:

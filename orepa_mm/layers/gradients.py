@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .squeeze import stacked_mixes, turn, turn_back
+from .squeeze import scale_kernel, stacked_mixes, turn, turn_back
 
 
 def orepa_kernel(
@@ -44,7 +44,7 @@ def orepa_kernel(
     rows, area = windows.shape[1:]
     grad = grad.contiguous()
     flat = grad.view(out, i, area)
-    found = {'origin': _scaled(grad, scales[0])}
+    found = {'origin': scale_kernel(grad, scales[0])}
     of_scales = [_row_dots(grad, origin)]
 
     bank = windows * scales[1:rows + 1].t().unsqueeze(-1)
@@ -74,9 +74,9 @@ def orepa_kernel(
     found['separable'] = _scaled_in_place(by_separable, scale)
 
     # scaled before they are turned: then a scale belongs to a long row
-    turned = turn(_scaled(second, scales[3]), groups)
+    turned = turn(scale_kernel(second, scales[3]), groups)
     found['first'] = torch.bmm(turned, turned_grad.transpose(1, 2)).view(first.shape)
-    branch = _scaled(separable, scale).view(branch.shape)
+    branch = scale_kernel(separable, scale).view(branch.shape)
     found['depthwise'] = torch.bmm(branch.permute(1, 2, 0), seen).view(depthwise.shape)
 
     of_scales += [dots[:, 0], dots[:, 1], of_sequential, *dots[:, 3:].unbind(1), of_separable]
@@ -104,9 +104,9 @@ def orepa_1x1_kernel(grad: Tensor, *, origin: Tensor, first: Tensor, second: Ten
     split = grad.view(groups, out // groups, i)
     factor = first.reshape(groups, -1, i)
     by_second = torch.bmm(split, factor.transpose(1, 2)).view(second.shape)
-    scaled = _scaled(second, scales[1]).view(groups, out // groups, -1)
+    scaled = scale_kernel(second, scales[1]).view(groups, out // groups, -1)
     return {
-        'origin': _scaled(grad, scales[0]),
+        'origin': scale_kernel(grad, scales[0]),
         'scales': torch.stack([_row_dots(grad, origin), _row_dots(second, by_second)]),
         'second': _scaled_in_place(by_second, scales[1]),
         'first': torch.bmm(scaled.transpose(1, 2), split).view(first.shape),
@@ -118,9 +118,5 @@ def _row_dots(one: Tensor, other: Tensor) -> Tensor:
     return torch.bmm(one.reshape(one.shape[0], 1, -1), other.reshape(one.shape[0], -1, 1)).view(-1)
 
 
-def _scaled(kernel: Tensor, scale: Tensor) -> Tensor:
-    return kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
-
-
 def _scaled_in_place(kernel: Tensor, scale: Tensor) -> Tensor:
-    return kernel.mul_(scale.view(-1, *[1] * (kernel.dim() - 1)))
+    return kernel.mul_(scale.view(-1, 1, 1, 1))

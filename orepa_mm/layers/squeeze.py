@@ -69,9 +69,6 @@ def centre_window(kernel_size: int) -> Tensor:
     return (at_centre[:, None] & at_centre).float()
 
 
-# --- one function per block -------------------------------------------------------
-
-
 def branch_windows(out_channels: int, kernel_size: int, pointwise: bool) -> Tensor:
     """The windows that follow the 1 x 1 branches: an average, the frequency prior, the centre.
 
@@ -93,6 +90,9 @@ def branch_windows(out_channels: int, kernel_size: int, pointwise: bool) -> Tens
         centre = centre_window(kernel_size).flatten().expand(out_channels, area)
         windows += [torch.zeros(out_channels, area), centre]
     return torch.stack(windows, dim=1)
+
+
+# --- one function per block -------------------------------------------------------
 
 
 def orepa_kernel(
@@ -255,7 +255,7 @@ def stacked_mixes(average: Tensor, prior: Tensor, pointwise: Tensor | None) -> T
 
 
 def turn(kernel: Tensor, groups: int = 1) -> Tensor:
-    """A kernel with its input channels first: a matrix per group, whose product is one of these.
+    """A kernel with its input channels first, a matrix per group.
 
     Args:
         kernel: `(o, c, k, k)`.

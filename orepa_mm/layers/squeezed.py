@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 import types
 from collections.abc import Callable, Mapping
@@ -14,10 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import gradients, squeeze
+from .kept import is_recorded
 from .precision import without_autocast
 
-#: Squeeze function and its gradients, by name.
-_BLOCKS = ('orepa_kernel', 'orepa_1x1_kernel')
 #: `_Compiled` looks at shapes itself; what is generated checks them again.
 _OPTIONS = {'guard_filter_fn': torch.compiler.skip_all_guards_unsafe} if hasattr(
     torch.compiler, 'skip_all_guards_unsafe') else {}
@@ -42,7 +42,7 @@ def squeezed(block: str, tensors: Mapping[str, Tensor | None], options: Mapping[
     Returns:
         Kernel `(o, i, k, k)`.
     """
-    if (torch.compiler.is_compiling() or torch.jit.is_tracing() or _functorch_is_active()
+    if (is_recorded() or _functorch_is_active()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return getattr(squeeze, block)(**tensors, **options)
     if not torch.is_grad_enabled():
@@ -134,7 +134,7 @@ class _Compiled:
             _Compiled.failed = True
             print_log(f'the squeeze runs without torch.compile, which fails here: '
                       f'{str(error).strip().splitlines()[0] or type(error).__name__}',
-                      'current', 30)
+                      'current', logging.WARNING)
             return self.function(*args, **kwargs)
         self.by_shape[key] = run
         shape = ' x '.join(map(str, kwargs['origin'].shape))
