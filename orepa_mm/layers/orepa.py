@@ -23,7 +23,9 @@ class _BranchedConv2d(ReparamConv2d):
 
     #: Initial scale of every branch, one row of `vector` each; the origin's is the first.
     initial_scales: tuple[float, ...]
-    #: Name of the origin branch, `(o, i, k, k)`.
+    #: What a kernel is a sum of, by the row of `vector` that scales it.
+    branch_names: tuple[str, ...]
+    #: Name of the origin branch's tensor, `(o, i, k, k)`.
     origin: str
     #: Whether the squeeze runs through `torch.compile`.
     compiled = False
@@ -61,6 +63,39 @@ class _BranchedConv2d(ReparamConv2d):
 
     def _reference(self) -> Tensor:
         return self.vector
+
+    def _arguments(self) -> tuple[str, dict[str, Tensor | None], dict[str, int]]:
+        """Name of the block's function in `squeeze`, its tensors, its other arguments."""
+        raise TypeError(f'{type(self).__name__} is no block')
+
+    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
+                ) -> Tensor:
+        """The sum of the branches, `(o, i, k, k)`; see the base class."""
+        block, tensors, options = self._arguments()
+        tensors = {name: None if tensor is None else self._at(tensor, dtype, device)
+                   for name, tensor in tensors.items()}
+        return squeezed(block, tensors, options, self.compiled)
+
+    @torch.no_grad()
+    def branch_kernels(self, scaled: bool = True, dtype: torch.dtype = torch.float64
+                       ) -> dict[str, Tensor]:
+        """What each branch adds to the kernel, `(o, i, k, k)` each; their sum is the kernel.
+
+        Args:
+            scaled: Whether each is multiplied by its scaling vector. Without it
+                they are what the scaling vectors get to weigh.
+            dtype: Type to compute in.
+        """
+        block, tensors, options = self._arguments()
+        device = self._exact_device()
+        tensors = {name: None if tensor is None else self._at(tensor, dtype, device)
+                   for name, tensor in tensors.items()}
+        scales, found = tensors.pop('scales'), {}
+        for row, name in enumerate(self.branch_names):  # the kernel is linear in the scales
+            alone = torch.zeros_like(scales)
+            alone[row] = scales[row] if scaled else 1
+            found[name] = getattr(squeeze, block)(**tensors, scales=alone, **options)
+        return found
 
 
 class _KxK(_BranchedConv2d):
@@ -105,6 +140,19 @@ class _KxK(_BranchedConv2d):
         for name, shape in shapes.items():
             self.register_parameter(self.prefix + name.lstrip('_'), self._new_parameter(*shape))
 
+    def _arguments_of(self, first: Tensor, pointwise: Tensor | None, scales: Tensor,
+                      identities: int
+                      ) -> tuple[str, dict[str, Tensor | None], dict[str, int]]:
+        """The arguments, given those tensors that the blocks do not name alike."""
+        def named(name: str) -> Tensor:
+            return getattr(self, self.prefix + name)
+
+        return 'orepa_kernel', dict(
+            origin=named('origin'), average=named('avg_conv'), prior=named('pfir_conv'),
+            first=first, second=named('1x1_kxk_conv2'), pointwise=pointwise,
+            depthwise=named('gconv_dw'), separable=named('gconv_pw'), scales=scales,
+            windows=self.windows), dict(identities=identities, groups=self.groups)
+
     def _make_constants(self) -> dict[str, Tensor]:
         k, o = self.kernel_size[0], self.out_channels
         # the first two and the last are those of the authors' files, which are compared with them
@@ -133,6 +181,7 @@ class _OREPAConv2d(_KxK):
     """The OREPA block without the name by which stock rules of initialisation find it."""
 
     initial_scales = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
+    branch_names = ('origin', 'average', 'prior', '1x1-kxk', '1x1', 'separable')
     prefix = 'weight_orepa_'
     origin = 'weight_orepa_origin'
     kaiming_slope = 0.0
@@ -148,19 +197,9 @@ class _OREPAConv2d(_KxK):
         self.vector = self._new_parameter(6, o)
         self._create(_1x1=(o, i, 1, 1))
 
-    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
-                ) -> Tensor:
-        """The sum of the six branches, `(o, i, k, k)`; see the base class."""
-        def at(tensor: Tensor) -> Tensor:
-            return self._at(tensor, dtype, device)
-
-        return squeezed('orepa_kernel', dict(
-            origin=at(self.weight_orepa_origin), average=at(self.weight_orepa_avg_conv),
-            prior=at(self.weight_orepa_pfir_conv), first=at(self.weight_orepa_1x1_kxk_idconv1),
-            second=at(self.weight_orepa_1x1_kxk_conv2), pointwise=at(self.weight_orepa_1x1),
-            depthwise=at(self.weight_orepa_gconv_dw), separable=at(self.weight_orepa_gconv_pw),
-            scales=at(self.vector), windows=at(self.windows)),
-            dict(identities=1 if self.groups <= 4 else 2, groups=self.groups), self.compiled)
+    def _arguments(self) -> tuple[str, dict[str, Tensor | None], dict[str, int]]:
+        return self._arguments_of(self.weight_orepa_1x1_kxk_idconv1, self.weight_orepa_1x1,
+                                  self.vector, identities=1 if self.groups <= 4 else 2)
 
 
 class OREPAConv2d(_OREPAConv2d, _NamedConv2d):
@@ -215,6 +254,7 @@ class OREPARepVGGConv2d(_KxK, _NamedConv2d):
     """
 
     initial_scales = (0.25, 0.25, 0.0, 0.5, 0.5)
+    branch_names = ('origin', 'average', 'prior', '1x1-kxk', 'separable')
     prefix = 'weight_rbr_'
     origin = 'weight_rbr_origin'
     kaiming_slope = 1.0
@@ -232,23 +272,12 @@ class OREPARepVGGConv2d(_KxK, _NamedConv2d):
         self._has_unread_row = self.in_channels == self.out_channels and self.stride == (1, 1)
         self.vector = self._new_parameter(len(self.initial_scales) + self._has_unread_row, o)
 
-    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
-                ) -> Tensor:
-        """The sum of the five branches, `(o, i, k, k)`; see the base class."""
-        def at(tensor: Tensor) -> Tensor:
-            return self._at(tensor, dtype, device)
-
+    def _arguments(self) -> tuple[str, dict[str, Tensor | None], dict[str, int]]:
         identity_based = hasattr(self, 'id_tensor')
-        return squeezed('orepa_kernel', dict(
-            origin=at(self.weight_rbr_origin), average=at(self.weight_rbr_avg_conv),
-            prior=at(self.weight_rbr_pfir_conv),
-            first=at(self.weight_rbr_1x1_kxk_idconv1 if identity_based
-                     else self.weight_rbr_1x1_kxk_conv1),
-            second=at(self.weight_rbr_1x1_kxk_conv2), pointwise=None,
-            depthwise=at(self.weight_rbr_gconv_dw), separable=at(self.weight_rbr_gconv_pw),
-            scales=at(self.vector[:-1] if self._has_unread_row else self.vector),
-            windows=at(self.windows)),
-            dict(identities=int(identity_based), groups=self.groups), self.compiled)
+        return self._arguments_of(
+            self.weight_rbr_1x1_kxk_idconv1 if identity_based else self.weight_rbr_1x1_kxk_conv1,
+            None, self.vector[:-1] if self._has_unread_row else self.vector,
+            identities=int(identity_based))
 
 
 class OREPAConv1x1(_BranchedConv2d, _NamedConv2d):
@@ -285,6 +314,7 @@ class OREPAConv1x1(_BranchedConv2d, _NamedConv2d):
     """
 
     initial_scales = (1.0, 0.5)
+    branch_names = ('origin', 'product')
     origin = 'weight_or1x1_origin'
 
     def __init__(
@@ -329,13 +359,7 @@ class OREPAConv1x1(_BranchedConv2d, _NamedConv2d):
         square.copy_(squeeze.identity_pointwise(*square.shape[:2]))
         self._reset_scales()
 
-    def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
-                ) -> Tensor:
-        """The sum of both branches, `(o, i, 1, 1)`; see the base class."""
-        def at(tensor: Tensor) -> Tensor:
-            return self._at(tensor, dtype, device)
-
-        return squeezed('orepa_1x1_kernel', dict(
-            origin=at(self.weight_or1x1_origin), first=at(self.weight_or1x1_l2i_conv1),
-            second=at(self.weight_or1x1_l2i_conv2), scales=at(self.vector)),
-            dict(groups=self.groups), self.compiled)
+    def _arguments(self) -> tuple[str, dict[str, Tensor | None], dict[str, int]]:
+        return 'orepa_1x1_kernel', dict(
+            origin=self.weight_or1x1_origin, first=self.weight_or1x1_l2i_conv1,
+            second=self.weight_or1x1_l2i_conv2, scales=self.vector), dict(groups=self.groups)
