@@ -374,8 +374,10 @@ class ReparamConv2d(WithConstants, ABC):
     def _generate(self) -> Tensor:
         """Squeeze in float32 at least, also under autocast; return in our own dtype."""
         reference = self._reference()
+        # torch.promote_types would be counted, and cost, as an operation of each layer
+        dtype = torch.float64 if reference.dtype is torch.float64 else torch.float32
         with exact_products(reference.device):
-            kernel = self.squeeze(torch.promote_types(reference.dtype, torch.float32))
+            kernel = self.squeeze(dtype)
         return kernel.to(reference.dtype)
 
     def _gradient_can_flow(self) -> bool:

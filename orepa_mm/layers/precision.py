@@ -39,8 +39,7 @@ def exact_float32() -> Iterator[None]:
         _BACKENDS.cudnn.benchmark = benchmark
 
 
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
+def exact_products(device: torch.device) -> contextlib.AbstractContextManager:
     """Multiply matrices in float32 at least: no autocast, no TF32, on one kind of device.
 
     A graph that is being compiled keeps the precision that the user set.
@@ -48,14 +47,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
     Args:
         device: Where the factors lie.
     """
-    kind = device.type
-    setting = None if torch.compiler.is_compiling() else _MATMUL.get(kind)
-    with without_autocast(device):
-        if setting is None or _is_exact(setting):
-            yield
-        else:
-            with _switched([setting]):
-                yield
+    setting = None if torch.compiler.is_compiling() else _MATMUL.get(device.type)
+    context = without_autocast(device)
+    # the usual case costs little: it comes with every layer of every step
+    return context if setting is None or _is_exact(setting) else _switched([setting], context)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -92,14 +87,16 @@ def _is_exact(setting: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _switched(settings: Sequence[Any]) -> Iterator[None]:
+def _switched(settings: Sequence[Any], inside: contextlib.AbstractContextManager | None = None
+              ) -> Iterator[None]:
     name, exact = ('fp32_precision', 'ieee') if _HAS_PRECISION else ('allow_tf32', False)
     settings = [setting for setting in settings if hasattr(setting, name)]
     before = [getattr(setting, name) for setting in settings]
     try:
         for setting in settings:
             setattr(setting, name, exact)
-        yield
+        with inside or contextlib.nullcontext():
+            yield
     finally:
         for setting, value in zip(settings, before):
             setattr(setting, name, value)
