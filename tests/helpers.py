@@ -14,7 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, OREPAStemConv2d
+from orepa_mm.layers import (
+    OREPAConv1x1,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    OREPARepVGGOnlineConv2d,
+    OREPAStemConv2d,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
@@ -162,6 +168,7 @@ LAYERS = {
     'kxk of RepVGG': lambda **kw: OREPARepVGGConv2d(4, 4, 3, padding=1, **kw),
     'depthwise kxk of RepVGG': lambda **kw: OREPARepVGGConv2d(
         4, 4, 3, stride=2, padding=1, groups=4, **kw),
+    'online kxk of RepVGG': lambda **kw: OREPARepVGGOnlineConv2d(4, 4, 3, padding=1, **kw),
     '1x1': lambda **kw: OREPAConv1x1(4, 6, 1, stride=2, **kw),
     'stem': lambda **kw: OREPAStemConv2d(4, 6, 7, stride=2, padding=3, **kw),
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..layers import DBBConv2d, ReparamConv2d
 
 #: What the authors' names of a block's branches begin with.
-_PREFIXES = ('weight_orepa_', 'weight_rbr_', 'weight_or1x1_')
+_PREFIXES = ('weight_orepa_', 'weight_rbr_', 'weight_online_', 'weight_or1x1_')
 
 
 class ReferenceConv2d(nn.Module):
@@ -44,7 +44,7 @@ class ReferenceConv2d(nn.Module):
         self.prefix = next((prefix for prefix in _PREFIXES if f'{prefix}origin' in names), None)
         if self.prefix is None and not generators:
             raise TypeError(f'{type(layer).__name__} is no OREPA block')
-        if self.prefix in _PREFIXES[:2]:
+        if self.prefix in _PREFIXES[:3]:
             o, _, k, _ = layer.kernel_shape
             options = dict(dtype=layer.vector.dtype, device=layer.vector.device)
             # in float32 first: checkpoints hold it so
@@ -63,7 +63,7 @@ class ReferenceConv2d(nn.Module):
         """The kernel, `(o, i, k, k)`, in the dtype of the parameters."""
         if self.prefix is None:
             return self._stem_kernel()
-        return self._pointwise_kernel() if self.prefix == _PREFIXES[2] else self._kxk_kernel()
+        return self._pointwise_kernel() if self.prefix == _PREFIXES[3] else self._kxk_kernel()
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve.
@@ -111,8 +111,13 @@ class ReferenceConv2d(nn.Module):
             pointwise = F.pad(pointwise, [k // 2] * 4)
             kernel = kernel + torch.einsum('oihw,o->oihw', pointwise, scales[4])
         separable = self._separable()
-        return kernel + torch.einsum('oihw,o->oihw', separable,
-                                     scales[4 if pointwise is None else 5])
+        kernel = kernel + torch.einsum('oihw,o->oihw', separable,
+                                       scales[4 if pointwise is None else 5])
+        if self.prefix == _PREFIXES[2] and len(scales) == 7:  # not the authors': written alike
+            copied = torch.eye(kernel.shape[1]).to(scales).repeat(self.layer.groups, 1)
+            copied = F.pad(copied[:, :, None, None], [k // 2] * 4)
+            kernel = kernel + torch.einsum('oihw,o->oihw', copied, scales[6])
+        return kernel
 
     def _sequential(self) -> Tensor:
         first, groups = self._branch('1x1_kxk_idconv1'), self.layer.groups

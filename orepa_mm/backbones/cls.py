@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from mmpretrain.models.backbones import RepVGG, ResNet, ResNetV1c, ResNeXt
-from mmpretrain.models.backbones.repvgg import RepVGGBlock
+from mmpretrain.models.backbones import RepVGG, ResNet, ResNet_CIFAR, ResNetV1c, ResNeXt
 from mmpretrain.registry import MODELS
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..layers import ReparamConv2d, conv2d_like
-from ..layers.precision import has_float64
-from ..layers.squeeze import identity_pointwise
+from ..errors import CheckpointError
 from .mixin import DBBMixin, OREPAMixin, ReparamBackboneMixin
+from .repvgg import ExcitedBlock, OnlineRepVGGBlock, deploy_repvgg_block, repvgg_blocks
 
 
 @MODELS.register_module()
@@ -27,6 +21,16 @@ class OREPAResNet(OREPAMixin, ResNet):
     """
 
     stock_type = 'ResNet'
+
+
+@MODELS.register_module()
+class OREPAResNet_CIFAR(OREPAMixin, ResNet_CIFAR):
+    """MMPretrain's `ResNet_CIFAR`, for images of 32 x 32, with OREPA convolutions.
+
+    Arguments: as of `OREPAResNet`.
+    """
+
+    stock_type = 'ResNet_CIFAR'
 
 
 @MODELS.register_module()
@@ -60,12 +64,25 @@ class DBBResNet(DBBMixin, ResNet):
 
 
 @MODELS.register_module()
+class DBBResNet_CIFAR(DBBMixin, ResNet_CIFAR):
+    """MMPretrain's `ResNet_CIFAR` with Diverse Branch Blocks; its stem is a block as well.
+
+    Arguments: as of `OREPAResNet`.
+    """
+
+    stock_type = 'ResNet_CIFAR'
+
+
+@MODELS.register_module()
 class OREPARepVGG(ReparamBackboneMixin, RepVGG):
     """MMPretrain's `RepVGG` whose 3 x 3 convolutions are OREPA blocks.
 
-    The 1 x 1 and identity branches of every block, squeeze-and-excitation,
-    groups and dilation stay as they are. It is found from the configs of
-    MMDetection and MMSegmentation as well.
+    The 1 x 1 and identity branches of every block stay beside them, each with
+    its BN, as published. With `conv_cfg=dict(type='OREPA', block='repvgg_online')`
+    they are branches of the generated kernel, and a block is one convolution with
+    one BN, see `OnlineRepVGGBlock`. Squeeze-and-excitation, groups and dilation
+    stay as they are. It is found from the configs of MMDetection and
+    MMSegmentation as well.
 
     Arguments: as of `OREPAResNet`; `deploy` builds one 3 x 3 convolution with a
     bias per block.
@@ -79,8 +96,13 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
 
     def __init__(self, *args: Any, deploy: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, deploy=deploy, **kwargs)
+        #: Whether 1 x 1 and identity are branches of the kernel, or stand beside it.
+        self.online = not deploy and self.conv_cfg.get('block') == 'repvgg_online'
         if deploy:
             self.switch_to_deploy()  # keeps squeeze-and-excitation
+        elif self.online:
+            for parent, name, block in repvgg_blocks(self):
+                setattr(parent, name, OnlineRepVGGBlock(block))
 
     @classmethod
     def stock_cfg(cls, cfg: dict) -> dict:
@@ -103,65 +125,21 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
 
         A second call does nothing.
         """
-        for parent in list(self.modules()):
-            for name, block in list(parent.named_children()):
-                if isinstance(block, RepVGGBlock):
-                    deploy_repvgg_block(block)
-                    if block.se_layer is not None:
-                        setattr(parent, name, _ExcitedBlock(block))
+        for parent, name, block in repvgg_blocks(self):
+            deploy_repvgg_block(block)
+            if block.se_layer is not None:
+                setattr(parent, name, ExcitedBlock(block))
         super().switch_to_deploy()  # what else there may be: the pooling block of YOLOX-PAI
 
-
-class _ExcitedBlock(nn.Module):
-    """A deployed block with the squeeze-and-excitation that the stock one leaves out."""
-
-    def __init__(self, block: RepVGGBlock) -> None:
-        super().__init__()
-        self.branch_reparam, self.se_layer, self.act = (
-            block.branch_reparam, block.se_layer, block.act)
-        self.train(block.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.se_layer(self.branch_reparam(x)))
-
-
-@torch.no_grad()
-def deploy_repvgg_block(block: RepVGGBlock) -> None:
-    """Make the branches of a block one convolution, in place: BN folded, summed in float64.
-
-    The stock block's own method would build OREPA layers anew, forget the
-    training flag and `requires_grad`, and refuse SyncBN.
-
-    Args:
-        block: MMPretrain's, with or without OREPA layers in it.
-    """
-    if block.deploy:
-        return
-    dense = block.branch_3x3.conv
-    margin = [size // 2 for size in dense.kernel_size for _ in range(2)]
-    branches = [(_kernel(dense), block.branch_3x3.norm),
-                (F.pad(_kernel(block.branch_1x1.conv), margin), block.branch_1x1.norm)]
-    if block.branch_norm is not None:
-        identity = identity_pointwise(dense.out_channels, dense.in_channels // dense.groups)
-        branches.append((F.pad(identity.to(branches[0][0]), margin), block.branch_norm))
-    fused = [fuse_conv_bn_weights(kernel, None, *(
-        tensor.to(kernel.device).double() for tensor in (norm.running_mean, norm.running_var)),
-        norm.eps, *(tensor.to(kernel.device).double() for tensor in (norm.weight, norm.bias)))
-        for kernel, norm in branches]
-    kernel, bias = (sum(terms) for terms in zip(*fused))
-    trainable = any(parameter.requires_grad for branch in (
-        block.branch_3x3, block.branch_1x1, block.branch_norm) if branch is not None
-        for parameter in branch.parameters())
-    block.branch_reparam = conv2d_like(dense, kernel, bias, block.branch_3x3.norm.weight)
-    block.branch_reparam.requires_grad_(trainable).train(block.training)
-    for name in ('branch_3x3', 'branch_1x1', 'branch_norm'):
-        delattr(block, name)
-    block.conv_cfg, block.deploy = None, True
-
-
-def _kernel(conv: nn.Module) -> Tensor:
-    """The kernel in float64, `(o, i, k, k)`."""
-    if isinstance(conv, ReparamConv2d):
-        return conv.equivalent_kernel_bias()[0]
-    weight = conv.weight.detach()
-    return (weight if has_float64(weight.device) else weight.cpu()).double()
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        other = '.branch_1x1.' if self.online else '.weight_online_'
+        if not self.deploy and any(other in key for key in own):
+            kinds = ("a BN in each branch of a block (a stock RepVGG, or block='repvgg')",
+                     "one BN per block (block='repvgg_online')")
+            raise CheckpointError(
+                f'this {type(self).__name__} has {kinds[self.online]}, but the checkpoint is of a '
+                f'RepVGG with {kinds[not self.online]}. The statistics of the one cannot be told '
+                'from those of the other: build the backbone with the conv_cfg that the checkpoint '
+                'was trained with.')
+        super()._load_from_state_dict(state_dict, prefix, *args)

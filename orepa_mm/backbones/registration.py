@@ -19,8 +19,9 @@ PACKAGES = {
     'mmdet': ('mmdet', 'det', ('OREPAResNet', 'OREPAResNeXt', 'DBBResNet')),
     'mmseg': ('mmsegmentation', 'seg', ('OREPAResNet', 'OREPAResNetV1c', 'OREPAResNeXt',
                                         'DBBResNet', 'DBBResNetV1c')),
-    'mmpretrain': ('mmpretrain', 'cls', ('OREPAResNet', 'OREPAResNetV1c', 'OREPAResNeXt',
-                                         'DBBResNet', 'OREPARepVGG')),
+    'mmpretrain': ('mmpretrain', 'cls', ('OREPAResNet', 'OREPAResNet_CIFAR', 'OREPAResNetV1c',
+                                         'OREPAResNeXt', 'DBBResNet', 'DBBResNet_CIFAR',
+                                         'OREPARepVGG')),
 }
 #: The backbone that the configs of all packages find without a scope, and its home.
 _EVERYWHERE = ('OREPARepVGG', 'mmpretrain')

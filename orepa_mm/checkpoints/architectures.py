@@ -51,6 +51,8 @@ _AUTHORS_NAMES = [(re.compile(pattern), name) for pattern, name in (
 )]
 #: Stage and number of a block, in any names.
 _BLOCK = re.compile(r'(?:stage|(?:backbone\.)?layer|backbone\.stage_)([1-4])\.(\d+)\.')
+#: A branch of RepVGG's 3 x 3, which has a 1 x 1 and an identity beside it, or among its branches.
+_REPVGG_BRANCH = re.compile(r'\.weight_(rbr|online)_')
 #: The one convolution of a deployed RepVGG block, at MMPretrain and at timm.
 _DEPLOYED_REPVGG = re.compile(r'\.(branch_reparam|reparam_conv)\.')
 
@@ -88,7 +90,7 @@ def recognize_architecture(state_dict: Mapping[str, Tensor]) -> Architecture:
             says what the checkpoint is, or which.
     """
     form = plain_form_of(state_dict) or training_form_of(state_dict)
-    is_repvgg = any('.weight_rbr_' in key for key in state_dict)
+    is_repvgg = any(map(_REPVGG_BRANCH.search, state_dict))
     name, backbone = (_recognize_repvgg if is_repvgg else _recognize_resnet)(state_dict, form)
     num_classes = tensor_shape(state_dict, key_in(form, 'head.fc.weight'), 2)[0]
     return Architecture(name, backbone, num_classes)
@@ -255,9 +257,13 @@ def _recognize_repvgg(state: Mapping[str, Tensor], form: str) -> tuple[str, dict
     A shorter one of published width is a RepVGG too, but not the authors'.
     """
     def width_of(block: str) -> int:
-        kernel = f'backbone.{block}.branch_3x3.conv.weight_rbr_origin'
+        kernel = f'backbone.{block}.branch_3x3.conv.weight_{branches}_origin'
         return tensor_shape(state, key_in(form, kernel))[0]
 
+    online = any('.weight_online_' in key for key in state)
+    branches = 'online' if online else 'rbr'
+    options = {'conv_cfg': {'type': 'OREPA', 'block': 'repvgg_online'}} if online else {}
+    kind = ' with one BN per block' * online
     counts = _block_counts(state)
     widths = tuple(width_of(f'stage_{stage}.0') if count else None
                    for stage, count in enumerate(counts, start=1))
@@ -269,12 +275,12 @@ def _recognize_repvgg(state: Mapping[str, Tensor], form: str) -> tuple[str, dict
                               form, 'stage_')
     stem = width_of('stem')
     if name is not None and stem == min(_BASE_CHANNELS, widths[0]):
-        return f'RepVGG-{name}', {'type': 'OREPARepVGG', 'arch': name}
+        return f'RepVGG-{name}{kind}', {'type': 'OREPARepVGG', 'arch': name, **options}
     factors = [width / (_BASE_CHANNELS * 2**stage) for stage, width in enumerate(widths)]
     arch = {'num_blocks': list(counts), 'width_factor': factors, 'group_layer_map': None,
             'se_cfg': None, 'stem_channels': stem}
-    return (f'RepVGG of {counts} blocks, {widths} channels wide',
-            {'type': 'OREPARepVGG', 'arch': arch})
+    return (f'RepVGG of {counts} blocks, {widths} channels wide{kind}',
+            {'type': 'OREPARepVGG', 'arch': arch, **options})
 
 
 def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...]:

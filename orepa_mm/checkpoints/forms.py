@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 #: A branch of an OREPA block: only a training form has them. (`vector` is a name of others too.)
-_BRANCH = re.compile(r'\.weight_(orepa|or1x1|rbr)_\w+$')
+_BRANCH = re.compile(r'\.weight_(orepa|or1x1|rbr|online)_\w+$')
 _DBB = re.compile(r'\.dbb_(origin|avg|1x1|1x1_kxk)\.')
 #: The one convolution of a block that the authors' code re-parameterized.
 _DEPLOYED_BY_AUTHORS = re.compile(r'\.(orepa|or1x1|or_large|rbr|dbb)_reparam\.')

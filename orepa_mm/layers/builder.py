@@ -12,12 +12,14 @@ from torch.nn.modules.utils import _pair
 from .base import ReparamConv2d
 from .dbb import DBBConv2d
 from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, _BranchedConv2d
+from .repvgg_online import OREPARepVGGOnlineConv2d
 from .stem import OREPAStemConv2d
 
 #: Kernels from this size on are composed as a linear deep stem; DBB leaves them plain.
 STEM_KERNEL_SIZE = 7
 #: The k x k block that goes by each name.
-_BLOCKS = {'orepa': OREPAConv2d, 'repvgg': OREPARepVGGConv2d}
+_BLOCKS = {'orepa': OREPAConv2d, 'repvgg': OREPARepVGGConv2d,
+           'repvgg_online': OREPARepVGGOnlineConv2d}
 
 
 @MODELS.register_module(name='OREPA')
@@ -39,7 +41,7 @@ def build_orepa_conv(
     """Build the OREPA block for a convolution, chosen by kernel size as the authors do.
 
     1 x 1 gives `OREPAConv1x1`; 7 x 7 and larger the linear deep stem, unless it
-    is grouped; every other odd kernel `OREPAConv2d`, or `OREPARepVGGConv2d` on demand.
+    is grouped; every other odd kernel `OREPAConv2d`, or the block of RepVGG that is asked for.
 
     Args:
         in_channels: `I`.
@@ -52,8 +54,10 @@ def build_orepa_conv(
         bias: Whether to add a learnable bias.
         pointwise: Whether 1 x 1 convolutions become OREPA blocks as well. The
             authors leave the shortcut of a BasicBlock plain.
-        block: `orepa`, or `repvgg` for the k x k of the OREPA-RepVGG block,
-            which has a 1 x 1 convolution of its own beside it.
+        block: `orepa`; or `repvgg` for the k x k of the OREPA-RepVGG block,
+            which has a 1 x 1 convolution of its own beside it; or `repvgg_online`
+            for RepVGG's block as a whole, whose 1 x 1 and identity are branches of
+            the kernel.
         compile: Whether to run the squeeze through `torch.compile`: the kernel, not
             the model. The same result, quicker; the first steps take longer.
         **kwargs: `padding_mode`, `device`, `dtype` as of `torch.nn.Conv2d`, and

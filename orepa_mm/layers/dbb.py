@@ -55,6 +55,12 @@ class DBBConv2d(ReparamConv2d):
         ValueError: If the kernel, the padding or the norm layer is another.
     """
 
+    #: What the kernel is a sum of, and the convolutions that each of these is a chain of.
+    _CHAINS = {'origin': ('origin',), '1x1': ('pointwise',), '1x1-kxk': ('first', 'second'),
+               'average': ('average', 'window')}
+    #: As of the OREPA blocks.
+    branch_names = tuple(_CHAINS)
+
     def __init__(
         self,
         in_channels: int,
@@ -159,22 +165,50 @@ class DBBConv2d(ReparamConv2d):
         return kernel, bias if self.bias is None else bias + self.bias.to(device).double()
 
     @torch.no_grad()
+    def branch_kernels(self, scaled: bool = True, dtype: torch.dtype = torch.float64
+                       ) -> dict[str, Tensor]:
+        """What each branch adds to the kernel, `(o, i, k, k)` each; their sum is the kernel.
+
+        Args:
+            scaled: Whether the BNs of a branch are folded in, with their running
+                statistics: they are to this block what scaling vectors are to
+                OREPA. Without it the branches are what their convolutions alone
+                compute.
+            dtype: Type to compute in.
+        """
+        convolutions = self._convolutions(dtype, self._exact_device(), scaled)
+        nothing = {name: (torch.zeros_like(kernel), torch.zeros_like(bias))
+                   for name, (kernel, bias) in convolutions.items()}
+        found = {}
+        for branch, chain in self._CHAINS.items():
+            alone = {**nothing, **{name: convolutions[name] for name in chain}}
+            found[branch] = squeeze.dbb_kernel_bias(**alone, groups=self.groups)[0]
+        return found
+
+    @torch.no_grad()
     def _squeeze_with_bias(self, dtype: torch.dtype, device: torch.device | None
                            ) -> tuple[Tensor, Tensor]:
+        return squeeze.dbb_kernel_bias(**self._convolutions(dtype, device), groups=self.groups)
+
+    def _convolutions(self, dtype: torch.dtype, device: torch.device | None,
+                      with_norm: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
+        """Kernel and bias of every convolution of the branches, as the squeeze takes them."""
         def fused(kernel: Tensor, bn: nn.Module) -> tuple[Tensor, Tensor]:
+            if not with_norm:
+                kernel = kernel.to(device or kernel.device).to(dtype)
+                return kernel, kernel.new_zeros(len(kernel))
             return _fuse(kernel, bn, dtype, device or kernel.device)
 
         first, k = next(self.dbb_1x1_kxk.children()), self.kernel_size[0]
         first = first.kernel if isinstance(first, _IdentityConv1x1) else first.weight
         average = self.dbb_avg.conv.weight
-        return squeeze.dbb_kernel_bias(
+        return dict(
             origin=fused(self.dbb_origin.conv.weight, self.dbb_origin.bn),
             pointwise=fused(self.dbb_1x1.conv.weight, self.dbb_1x1.bn),
             first=fused(first, self.dbb_1x1_kxk.bn1.bn),
             second=fused(self.dbb_1x1_kxk.conv2.weight, self.dbb_1x1_kxk.bn2),
             average=fused(average, self.dbb_avg.bn.bn),
-            window=fused(average.new_full((len(average), 1, k, k), 1 / k**2), self.dbb_avg.avgbn),
-            groups=self.groups)
+            window=fused(average.new_full((len(average), 1, k, k), 1 / k**2), self.dbb_avg.avgbn))
 
     def _make_constants(self) -> dict[str, Tensor]:
         return {} if self.dilation == (1, 1) else {'window': torch.ones(1, 1, *self.kernel_size)}

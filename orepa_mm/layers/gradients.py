@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .squeeze import scale_kernel, stacked_mixes, turn, turn_back
+from .squeeze import identity_entries, scale_kernel, stacked_mixes, turn, turn_back
 
 
 def orepa_kernel(
@@ -81,6 +81,41 @@ def orepa_kernel(
 
     of_scales += [dots[:, 0], dots[:, 1], of_sequential, *dots[:, 3:].unbind(1), of_separable]
     found['scales'] = torch.stack(of_scales)
+    return found
+
+
+def repvgg_online_kernel(
+    grad: Tensor, *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
+    pointwise: Tensor, depthwise: Tensor, separable: Tensor, scales: Tensor,
+    windows: Tensor, identities: int = 1, groups: int = 1,
+) -> dict[str, Tensor]:
+    """Gradients of `squeeze.repvgg_online_kernel`.
+
+    Args:
+        grad: Of the kernel, `(o, i, k, k)`.
+        origin: This and the following as of `squeeze.repvgg_online_kernel`.
+        average: See there.
+        prior: See there.
+        first: See there.
+        second: See there.
+        pointwise: See there.
+        depthwise: See there.
+        separable: See there.
+        scales: See there.
+        windows: See there; no gradient.
+        identities: See there.
+        groups: See there.
+
+    Returns:
+        The gradients by name, each of the shape of its tensor.
+    """
+    grad = grad.contiguous()
+    found = orepa_kernel(
+        grad, origin=origin, average=average, prior=prior, first=first, second=second,
+        pointwise=pointwise, depthwise=depthwise, separable=separable, scales=scales[:-1],
+        windows=windows, identities=identities, groups=groups)
+    of_identity = identity_entries(grad, groups).reshape(1, -1)
+    found['scales'] = torch.cat([found['scales'], of_identity])
     return found
 
 

@@ -158,7 +158,7 @@ class _KxK(_BranchedConv2d):
         # the first two and the last are those of the authors' files, which are compared with them
         constants = {f'{self.prefix}avg_avg': torch.full((k, k), 1 / k**2),
                      f'{self.prefix}prior': squeeze.frequency_prior(o, k),
-                     'windows': squeeze.branch_windows(o, k, len(self.initial_scales) == 6)}
+                     'windows': squeeze.branch_windows(o, k, '1x1' in self.branch_names)}
         first = getattr(self, f'{self.prefix}1x1_kxk_idconv1', None)
         if first is not None:
             constants['id_tensor'] = squeeze.identity_pointwise(*first.shape[:2])
@@ -194,12 +194,13 @@ class _OREPAConv2d(_KxK):
             _1x1_kxk_idconv1=(hidden, i, 1, 1), _1x1_kxk_conv2=(o, hidden // g, k, k),
             gconv_dw=(self.expansion * self.in_channels, 1, k, k),
             gconv_pw=(o, self.expansion * i, 1, 1))
-        self.vector = self._new_parameter(6, o)
+        self.vector = self._new_parameter(len(self.branch_names), o)
         self._create(_1x1=(o, i, 1, 1))
 
     def _arguments(self) -> tuple[str, dict[str, Tensor | None], dict[str, int]]:
-        return self._arguments_of(self.weight_orepa_1x1_kxk_idconv1, self.weight_orepa_1x1,
-                                  self.vector, identities=1 if self.groups <= 4 else 2)
+        return self._arguments_of(
+            getattr(self, f'{self.prefix}1x1_kxk_idconv1'), getattr(self, f'{self.prefix}1x1'),
+            self.vector, identities=1 if self.groups <= 4 else 2)
 
 
 class OREPAConv2d(_OREPAConv2d, _NamedConv2d):

@@ -140,6 +140,38 @@ def orepa_kernel(
     return kernel
 
 
+def repvgg_online_kernel(
+    *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
+    pointwise: Tensor, depthwise: Tensor, separable: Tensor, scales: Tensor,
+    windows: Tensor, identities: int = 1, groups: int = 1,
+) -> Tensor:
+    """The kernel of an OREPA block that has an identity among its branches.
+
+    Args:
+        origin: This and the following as of `orepa_kernel`; `o = I`.
+        average: See there.
+        prior: See there.
+        first: See there.
+        second: See there.
+        pointwise: See there; not None.
+        depthwise: See there.
+        separable: See there.
+        scales: See there, with a row for the identity at the end; `(7, o)`.
+        windows: See there.
+        identities: See there.
+        groups: See there.
+
+    Returns:
+        Kernel of shape `(o, i, k, k)`.
+    """
+    kernel = orepa_kernel(
+        origin=origin, average=average, prior=prior, first=first, second=second,
+        pointwise=pointwise, depthwise=depthwise, separable=separable, scales=scales[:-1],
+        windows=windows, identities=identities, groups=groups)
+    identity_entries(kernel, groups).add_(scales[-1].view(groups, -1))
+    return kernel
+
+
 def orepa_1x1_kernel(*, origin: Tensor, first: Tensor, second: Tensor, scales: Tensor,
                      groups: int = 1) -> Tensor:
     """The kernel of a 1 x 1 OREPA block: one kernel plus a product of two.
@@ -240,6 +272,21 @@ def scale_kernel(kernel: Tensor, scale: Tensor) -> Tensor:
         Kernel of shape `(o, i, k, k)`.
     """
     return kernel * scale.view(-1, 1, 1, 1)
+
+
+def identity_entries(kernel: Tensor, groups: int) -> Tensor:
+    """Where a kernel has its ones if it copies every channel: the centres of a diagonal.
+
+    Args:
+        kernel: `(o, o/g, k, k)`, contiguous; `k` is odd.
+        groups: `g`.
+
+    Returns:
+        A view, `(g, o/g)`: output channels in their order.
+    """
+    channels, area = kernel.shape[1], kernel.shape[2] * kernel.shape[3]
+    grouped = kernel.view(groups, channels, channels, area)
+    return grouped[..., area // 2].diagonal(dim1=1, dim2=2)
 
 
 def stacked_mixes(average: Tensor, prior: Tensor, pointwise: Tensor | None) -> Tensor:

@@ -30,6 +30,11 @@ def narrow_repvgg(width=0.125, **arch):
         'se_cfg': None, **arch})
 
 
+def online_repvgg(**arch):
+    """With one BN per block."""
+    return {**narrow_repvgg(**arch), 'conv_cfg': dict(type='OREPA', block='repvgg_online')}
+
+
 CASES = {
     'r18': dict(type='mmdet.OREPAResNet', **NARROW),
     'r50': dict(type='mmdet.OREPAResNet', **BOTTLENECK),
@@ -61,10 +66,13 @@ CASES = {
     'cls r18': dict(type='mmpretrain.OREPAResNet', **NARROW, **MMPRETRAIN, stem_channels=16),
     'cls r50': dict(type='mmpretrain.OREPAResNet', **BOTTLENECK, **MMPRETRAIN, stem_channels=8,
                     drop_path_rate=0.1),
+    'cls cifar r18': dict(type='mmpretrain.OREPAResNet_CIFAR', **NARROW, **MMPRETRAIN),
+    'cls cifar r50': dict(type='mmpretrain.OREPAResNet_CIFAR', **BOTTLENECK, **MMPRETRAIN),
     'cls v1c': dict(type='mmpretrain.OREPAResNetV1c', **BOTTLENECK, **MMPRETRAIN),
     'cls resnext50': dict(type='mmpretrain.OREPAResNeXt', depth=50, base_channels=16, groups=4,
                           width_per_group=2, **MMPRETRAIN),
     'cls dbb r18': dict(type='mmpretrain.DBBResNet', **NARROW, **MMPRETRAIN),
+    'cls dbb cifar r18': dict(type='mmpretrain.DBBResNet_CIFAR', **NARROW, **MMPRETRAIN),
     'cls dbb deep stem': dict(type='mmpretrain.DBBResNet', **NARROW, **MMPRETRAIN,
                               deep_stem=True),
     'repvgg': narrow_repvgg(),
@@ -72,6 +80,10 @@ CASES = {
     'repvgg grouped': narrow_repvgg(group_layer_map={2: 2, 4: 4}),
     'repvgg sync bn': dict(**narrow_repvgg(), norm_cfg=dict(type='SyncBN')),
     'repvgg pooling': dict(**narrow_repvgg(0.25), add_ppf=True),
+    'repvgg online': online_repvgg(),
+    'repvgg online dilated': dict(**online_repvgg(), strides=(2, 2, 1, 1), dilations=(1, 1, 2, 4)),
+    'repvgg online grouped': online_repvgg(group_layer_map={2: 2, 4: 4}),
+    'repvgg online sync bn': dict(**online_repvgg(), norm_cfg=dict(type='SyncBN')),
 }
 
 
@@ -81,7 +93,7 @@ def state(model):
 
 def stock_of(backbone, cfg):
     """The stock network, by the name that an exported config gives it."""
-    stock = type(backbone).stock_cfg(cfg)
+    stock = type(backbone).stock_cfg({key: cfg[key] for key in cfg if key != 'conv_cfg'})
     if '.' not in stock['type']:
         stock['type'] = f"{cfg['type'].partition('.')[0]}.{stock['type']}"
     return MODELS.build(stock)
@@ -93,7 +105,9 @@ def twin_of(backbone, cfg):
         stock_of(backbone, cfg))
 
 
-EXCITED = narrow_repvgg(se_cfg=dict(ratio=4, divisor=1))
+SE = dict(se_cfg=dict(ratio=4, divisor=1))
+EXCITED = {'repvgg squeeze and excite': narrow_repvgg(**SE),
+           'repvgg online squeeze and excite': online_repvgg(**SE)}
 
 
 def test_every_registered_backbone_is_a_case():
@@ -123,7 +137,8 @@ def test_deployed_form_is_the_stock_network(name):
                 assert relative_error(one, other) < 1e-8
 
 
-@pytest.mark.parametrize('name', [name for name, cfg in CASES.items() if 'DBB' not in cfg['type']])
+@pytest.mark.parametrize('name', [
+    name for name, cfg in CASES.items() if 'DBB' not in cfg['type'] and 'online' not in name])
 def test_it_starts_from_the_weights_of_its_stock_twin(name):
     """Plain weights, as `init_cfg` and `load_from` load them: stage by stage the same."""
     cfg = CASES[name]
@@ -173,9 +188,9 @@ def test_every_form_in_every_precision(name, dtype):
 
 
 @pytest.mark.parametrize('name', ['r18', 'dbb r18', 'seg dbb r50 d8', 'repvgg',
-                                  'repvgg squeeze and excite', 'cls dbb deep stem'])
+                                  'cls dbb deep stem', 'repvgg online', *EXCITED])
 def test_switch_to_deploy_keeps_flags_and_can_be_called_twice(name):
-    cfg = CASES.get(name, EXCITED)
+    cfg = {**CASES, **EXCITED}[name]
     backbone = randomize(MODELS.build(cfg)).eval().double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -196,9 +211,10 @@ def test_switch_to_deploy_keeps_flags_and_can_be_called_twice(name):
     reparameterize(nn.Sequential(backbone))  # converted before: no error
 
 
-def test_repvgg_is_fused_in_float64():
+@pytest.mark.parametrize('name', ['repvgg', 'repvgg online'])
+def test_repvgg_is_fused_in_float64(name):
     """Each float32 kernel is the exact one, rounded once."""
-    backbone = randomize(MODELS.build(CASES['repvgg'])).eval()
+    backbone = randomize(MODELS.build(CASES[name])).eval()
     exact = reparameterize(copy.deepcopy(backbone).double()).state_dict()
     for key, value in reparameterize(backbone).state_dict().items():
         assert torch.equal(value, exact[key].float()), key
@@ -206,16 +222,17 @@ def test_repvgg_is_fused_in_float64():
 
 def test_squeeze_and_excite_is_not_exported_without_it():
     """MMPretrain's deployed block leaves it out; what it computes is something else."""
-    backbone = MODELS.build(EXCITED)
+    cfg = EXCITED['repvgg squeeze and excite']
+    backbone = MODELS.build(cfg)
     with pytest.raises(ValueError, match='squeeze-and-excitation'):
-        type(backbone).stock_cfg(EXCITED)
+        type(backbone).stock_cfg(cfg)
     with pytest.raises(ValueError, match='squeeze-and-excitation'):
         type(backbone).stock_cfg(dict(type='OREPARepVGG', arch='D2se'))
 
 
-@pytest.mark.parametrize('name', ['dbb r18', 'repvgg squeeze and excite'])
+@pytest.mark.parametrize('name', ['dbb r18', *EXCITED])
 def test_frozen_layers_stay_frozen(name):
-    backbone = MODELS.build(CASES.get(name, EXCITED))
+    backbone = MODELS.build({**CASES, **EXCITED}[name])
     backbone.requires_grad_(False)
     assert not any(p.requires_grad for p in reparameterize(backbone).parameters())
 
@@ -230,18 +247,19 @@ def test_dbb_has_no_norm_behind_its_blocks():
     assert not any(norm.training for norm in norms)  # norm_eval reaches the branches
 
 
-@pytest.mark.parametrize('name', ['r18', 'dbb r18', 'repvgg'])
+@pytest.mark.parametrize('name', ['r18', 'dbb r18', 'repvgg', 'repvgg online'])
 def test_checkpoint_of_the_other_form_is_refused(name):
     training = MODELS.build(CASES[name])
     deployed = MODELS.build({**CASES[name], 'deploy': True})
     with pytest.raises(CheckpointError, match='deploy form'):
         deployed.load_state_dict(training.state_dict(), strict=False)
-    if name != 'repvgg':  # whose plain 3 x 3 has another name
+    if 'repvgg' not in name:  # whose plain 3 x 3 has another name
         with pytest.raises(CheckpointError, match=r'training form.*plain convolution'):
             training.load_state_dict(deployed.state_dict(), strict=False)
 
 
-@pytest.mark.parametrize('name', ['r18', 'dbb r18', 'repvgg', 'seg r18', 'cls r18'])
+@pytest.mark.parametrize('name', ['r18', 'dbb r18', 'repvgg', 'repvgg online', 'seg r18',
+                                  'cls r18'])
 def test_training_the_deployed_form_from_scratch_is_warned_of(name, monkeypatch):
     said = []
     monkeypatch.setattr(mixin, 'print_log', lambda *args: said.append(args))

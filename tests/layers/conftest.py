@@ -2,6 +2,13 @@ import pytest
 import torch
 from helpers import DEVICES, LAYERS, randomize
 
+from orepa_mm.layers import OREPARepVGGOnlineConv2d
+
+EVERY_LAYER = {
+    **LAYERS,
+    'online kxk of RepVGG, grouped': lambda: OREPARepVGGOnlineConv2d(4, 4, 3, padding=1, groups=2),
+}
+
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request):
@@ -10,9 +17,9 @@ def device(request):
         yield torch.device(request.param)
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=EVERY_LAYER)
 def layer(request, device):
-    return randomize(LAYERS[request.param]())
+    return randomize(EVERY_LAYER[request.param]())
 
 
 @pytest.fixture

@@ -10,7 +10,13 @@ from mmcv.cnn import build_conv_layer
 from torch import nn
 
 from orepa_mm.analysis.measure import count_operations
-from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, squeezed
+from orepa_mm.layers import (
+    OREPAConv1x1,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    OREPARepVGGOnlineConv2d,
+    squeezed,
+)
 
 BLOCKS = {
     **LAYERS,
@@ -20,6 +26,12 @@ BLOCKS = {
     'kxk of one': lambda **kw: OREPAConv2d(6, 6, 1, groups=3, **kw),
     'one channel': lambda **kw: OREPAConv2d(1, 1, 3, **kw),
     'kxk of RepVGG, strided': lambda **kw: OREPARepVGGConv2d(4, 4, 3, 2, **kw),
+    'kxk of RepVGG online': lambda **kw: OREPARepVGGOnlineConv2d(4, 4, 3, padding=1, **kw),
+    'kxk of RepVGG online, grouped': lambda **kw: OREPARepVGGOnlineConv2d(
+        4, 4, 3, padding=1, groups=2, **kw),
+    'kxk of RepVGG online, depthwise': lambda **kw: OREPARepVGGOnlineConv2d(
+        6, 6, 3, groups=6, **kw),
+    'kxk of RepVGG online, strided': lambda **kw: OREPARepVGGOnlineConv2d(4, 4, 3, 2, **kw),
     '1x1 to more': lambda **kw: OREPAConv1x1(4, 12, groups=2, **kw),
     '1x1 to less': lambda **kw: OREPAConv1x1(12, 4, groups=2, **kw),
 }
@@ -74,9 +86,10 @@ def test_the_graph_keeps_nothing_but_the_branches(block):
     assert kernel.requires_grad
 
 
-@pytest.mark.parametrize('name', ['kxk', 'kxk strided, grouped, dilated', 'kxk of RepVGG', '1x1'])
+@pytest.mark.parametrize('name', ['kxk', 'kxk strided, grouped, dilated', 'kxk of RepVGG', '1x1',
+                                  'kxk of RepVGG online, grouped'])
 def test_second_derivatives(name):
-    layer = randomize(LAYERS[name]().double())
+    layer = randomize(BLOCKS[name]().double())
     names, parameters = zip(*((name, p) for name, p in layer.named_parameters() if name != 'bias'))
     assert torch.autograd.gradgradcheck(
         lambda *values: torch.func.functional_call(
@@ -154,12 +167,13 @@ def test_gradients_lie_as_their_parameters(block):
 
 
 #: Operations of one block: of the squeeze, and with its gradients. A GPU feels each.
-BUDGET = {'kxk': (9, 32), '1x1': (3, 11), 'kxk of RepVGG': (9, 33)}
+BUDGET = {'kxk': (9, 32), '1x1': (3, 11), 'kxk of RepVGG': (9, 33),
+          'kxk of RepVGG online': (10, 34)}
 
 
 @pytest.mark.parametrize('name', BUDGET)
 def test_the_number_of_operations(name):
-    layer = randomize(LAYERS[name]())
+    layer = randomize(BLOCKS[name]())
     grad = torch.randn_like(layer.squeeze())
     forward, both = BUDGET[name]
     with torch.no_grad():
@@ -209,6 +223,17 @@ def test_the_compiled_squeeze_is_the_same(compiler):
     with torch.no_grad():
         model.eval()(torch.ones(1, 3, 13, 13))
     assert len(compiler) == 2 * kinds  # each once
+
+
+def test_the_compiled_squeeze_with_an_identity(compiler):
+    layer = randomize(BLOCKS['kxk of RepVGG online, grouped']())
+    expected = [layer.squeeze(), *gradients_of(layer, layer.squeeze(), 1 + layer.weight).values()]
+    layer.compiled = True
+    kernel = layer.squeeze()
+    found = [kernel, *gradients_of(layer, kernel, 1 + layer.weight).values()]
+    assert compiler == ['orepa_mm.layers.squeeze', 'orepa_mm.layers.gradients']
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or relative_error(one, other) < 1e-5
 
 
 def test_many_shapes_are_compiled_each(compiler):
