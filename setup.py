@@ -58,10 +58,10 @@ setup(
     extras_require={
         'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.0.0,<2.2.0', 'mmdet>=3.3.0',
                       'mmsegmentation>=1.2.2', 'ftfy', 'regex', 'mmpretrain>=1.2.0',
-                      'openmim>=0.3.9', 'setuptools<82'],
+                      'scipy>=1.10', 'openmim>=0.3.9', 'setuptools<82'],
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         'safetensors': ['safetensors'],
-        'test': ['pytest', 'pytest-xdist', 'ruff', 'timm'],
+        'test': ['pytest', 'pytest-xdist', 'ruff', 'timm', 'tensorboard'],
     },
     cmdclass={'build_py': BuildPy, 'develop': Develop},
     zip_safe=False,

@@ -37,7 +37,8 @@ TORCH = ['torch==2.12.1', 'torchvision==0.27.1', 'setuptools==79.0.1',
 OPENMMLAB = ['mmengine==0.10.7', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0',
              'ftfy', 'regex', 'openmim==0.3.9', 'openxlab==0.0.11']
 DEPLOYMENT = ['onnx', 'onnxscript', 'onnxruntime', 'safetensors']  # of the constraint file
-DEVELOPMENT = ['pytest==9.0.3', 'pytest-xdist==3.8.0', 'ruff==0.14.5', 'timm==1.0.31']
+DEVELOPMENT = ['pytest==9.0.3', 'pytest-xdist==3.8.0', 'ruff==0.14.5', 'timm==1.0.31',
+               'tensorboard==2.21.0']
 
 
 class SetupError(RuntimeError):

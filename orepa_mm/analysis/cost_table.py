@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from ..files import written_whole
+from .documents import fill_between
 from .measure import paired_ratio
 
 #: Between these two lines of a Markdown file `fill_markdown` writes.
@@ -232,17 +233,7 @@ def fill_markdown(folder: str | Path, document: str | Path) -> Path:
             lacks one of the lines.
         FileNotFoundError: If there is no such document.
     """
-    document = Path(document)
-    text = document.read_text(encoding='utf-8')
-    before, begin, rest = text.partition(f'{BEGIN}\n')
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f'{document} has no place for the tables: it needs a line {BEGIN} and '
-                          f'after it a line {END}')
-    tables = '\n'.join(map(markdown, _measurements(folder)))
-    with written_whole(document) as path:
-        path.write_text(f'{before}{begin}\n{tables}\n{end}{after}', encoding='utf-8')
-    return document
+    return fill_between(document, BEGIN, END, '\n'.join(map(markdown, _measurements(folder))))
 
 
 def _measurements(folder: str | Path) -> Sequence[Measurement]:
