@@ -6,7 +6,6 @@ import contextlib
 import copy
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -18,6 +17,7 @@ from ..export.stock import deploy_config
 from ..layers import build_orepa_conv
 from ..reparam import is_training_form, reparameterize
 from .reference_blocks import as_published
+from .variants import with_block_options
 
 PLAIN, DBB = 'plain', 'DBB'
 PUBLISHED, OURS = 'OREPA, one operation per branch', 'OREPA, ours'
@@ -114,7 +114,8 @@ def config_networks(cfg: Config, device: torch.device) -> list[Network]:
               PUBLISHED: as_published(copy.deepcopy(training)), OURS: training}
     missing = missing_option(COMPILED)
     if not missing:
-        models[COMPILED] = MODELS.build(ConfigDict(_compiled(cfg.model)))
+        models[COMPILED] = MODELS.build(ConfigDict(
+            with_block_options(cfg.model, dict(compile=True))))
     for model in models.values():
         model.to(device).train()
     networks = [Network(name, model, PLAIN) for name, model in models.items()]
@@ -163,18 +164,3 @@ def _repvgg(deploy: bool, base_channels: int) -> nn.Module:
                                    deploy=deploy)
     model.train()
     return model
-
-
-def _compiled(value: Any) -> Any:
-    """A model config with `compile=True` for every OREPA layer in it."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_compiled, value))
-    if not isinstance(value, dict):
-        return value
-    result = {key: _compiled(item) for key, item in value.items()}
-    kind = str(result.get('type')).rpartition('.')[2]
-    if kind == 'OREPA':
-        result['compile'] = True
-    elif kind.startswith('OREPA'):  # a backbone, which has the layer type by default
-        result['conv_cfg'] = {**(result.get('conv_cfg') or {}), 'compile': True}
-    return result

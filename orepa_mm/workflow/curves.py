@@ -27,8 +27,14 @@ def read_scalars(work_dir: str | Path) -> dict[str, dict[int, float]]:
         raise FileNotFoundError(f'{work_dir} holds no log of a run (*/vis_data/scalars.json)')
     scalars: dict[str, dict[int, float]] = {}
     for file in files:
-        for line in file.read_text().splitlines():
-            entry = json.loads(line)
+        lines = file.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                if number < len(lines):
+                    raise
+                break  # a process was killed while it wrote
             for name, value in entry.items():
                 if isinstance(value, (int, float)) and 'step' in entry:
                     scalars.setdefault(name, {})[entry['step']] = value

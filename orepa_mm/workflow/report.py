@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from pathlib import Path
 
@@ -15,28 +13,20 @@ from mmengine.runner import find_latest_checkpoint
 from ..files import written_whole
 from .curves import draw_curves, read_scalars
 from .detections import draw_detections, load_forms
+from .page import html_page, html_picture, html_table, png_of
 from .summary import report_rows
 
-_PAGE = '''<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .25em 1em; border-bottom: 1px solid #ccc }}
-td + td, th + th {{ text-align: right }} img {{ max-width: 100% }} .note {{ color: #555 }}
-</style>
-<h1>{title}</h1>
-<p>Trained with OREPA blocks, then re-parameterized into the stock network.</p>
+_BODY = '''<p>Trained with OREPA blocks, then re-parameterized into the stock network.</p>
 <h2>Before and after</h2>
-<table><tr><th></th><th>training form</th><th>deployed</th></tr>
-{rows}
-</table>
+{table}
 <p class="note">{note}</p>
 <h2>Detections of both forms</h2>
-<img alt="detections of both forms on validation images" src="{detections}">
+{detections}
 <h2>Training</h2>
-<img alt="loss and average precision over the iterations" src="{curves}">
-</html>
-'''
+{curves}'''
+#: What each picture shows.
+_PICTURES = {'detections': 'detections of both forms on validation images',
+             'curves': 'loss and average precision over the iterations'}
 
 
 def write_report(train_dir: str | Path, deployed_dir: str | Path, out: str | Path,
@@ -70,24 +60,22 @@ def write_report(train_dir: str | Path, deployed_dir: str | Path, out: str | Pat
                        (deployed_dir / 'config.py', deployed_dir / 'model.pth'))
     pictures = {'detections': draw_detections(forms, images),
                 'curves': draw_curves(read_scalars(train_dir))}
-    encoded = {name: _save(figure, out.with_name(f'{out.stem}-{name}.png'))
-               for name, figure in pictures.items()}
-    rows = '\n'.join('<tr>' + ''.join(f'<td>{html.escape(cell)}</td>' for cell in row) + '</tr>'
-                     for row in report_rows(results))
+    encoded = {name: html_picture(_save(figure, out.with_name(f'{out.stem}-{name}.png')),
+                                  _PICTURES[name]) for name, figure in pictures.items()}
+    table = html_table(('', 'training form', 'deployed'), report_rows(results))
     machine = results['machine']
     note = (f'Measured on {machine["device"]} ({machine["processor"]}, {machine["threads"]} '
             f'threads), torch {machine["torch"]}, input {results["input_shape"]}. Multiply-adds '
             'of the training form include the squeezing of all kernels once.')
     with written_whole(out) as path:
-        path.write_text(_PAGE.format(title=html.escape(configs[0].stem), rows=rows,
-                                     note=html.escape(note), **encoded), encoding='utf-8')
+        path.write_text(html_page(configs[0].stem, _BODY.format(
+            table=table, note=html.escape(note), **encoded)), encoding='utf-8')
     return out
 
 
-def _save(figure: Figure, path: Path) -> str:
-    """Write a figure as PNG; returns it as a data URL."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=100)
+def _save(figure: Figure, path: Path) -> bytes:
+    """Write a figure as PNG; returns what was written."""
+    content = png_of(figure)
     with written_whole(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
-    return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+        temporary.write_bytes(content)
+    return content

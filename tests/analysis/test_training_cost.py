@@ -233,18 +233,6 @@ def test_where_the_layer_has_no_option(monkeypatch):
     assert 'no option `compile`' in networks.missing_option(networks.COMPILED)
 
 
-def test_compile_reaches_every_orepa_layer_of_a_config():
-    cfg = Config(dict(model=dict(
-        backbone=dict(type='mmdet.OREPAResNet', depth=50),
-        neck=dict(type='FPN', conv_cfg=dict(type='OREPA', single_init=True)),
-        heads=[dict(type='RPNHead', conv_cfg=None)])))
-    compiled = networks._compiled(cfg.model)
-    assert compiled['backbone']['conv_cfg'] == dict(compile=True)
-    assert compiled['neck']['conv_cfg'] == dict(type='OREPA', single_init=True, compile=True)
-    assert compiled['heads'] == [dict(type='RPNHead', conv_cfg=None)]
-    assert 'conv_cfg' not in cfg.model.backbone
-
-
 MEASUREMENT = Measurement('a', 'A title', 'What it means.', (
     Row('one', (10.0, 20.0, 40.0), 'two', 7, 2_000_000, 3_000_000, {'groups': 3}),
     Row('two', (10.0, 10.0, 10.0), 'two'), Row('three', note='not available')),

@@ -30,3 +30,14 @@ def test_resumed_parts_are_joined(tmp_path):
 def test_nothing_logged(tmp_path):
     with pytest.raises(FileNotFoundError, match='no log of a run'):
         read_scalars(tmp_path)
+
+
+def test_the_end_that_a_killed_process_did_not_write(tmp_path):
+    log(tmp_path, '20260101_000000', [{'loss': 3.0, 'step': 10}])
+    path = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
+    whole = path.read_text()
+    path.write_text(f'{whole}\n{{"loss": 2.0, "st')
+    assert read_scalars(tmp_path) == {'loss': {10: 3.0}, 'step': {10: 10}}
+    path.write_text(f'{{"loss": 2.0, "st\n{whole}')
+    with pytest.raises(ValueError, match='Unterminated'):
+        read_scalars(tmp_path)

@@ -1,0 +1,137 @@
+"""A comparison as Markdown and as a page: tables, sentences, figures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..analysis.comparison import Comparison
+from .page import html_page, html_picture, html_table
+
+#: Headings and lines of a table, as text.
+Table = tuple[list[str], list[list[str]]]
+
+
+def as_markdown(comparison: Comparison, parts: Mapping[str, Any]) -> str:
+    """For GitHub, under a heading of the third level.
+
+    Args:
+        comparison: From `compare`.
+        parts: `title`, `lacking` and `notes` (lines), `machines`, `versions`.
+    """
+    blocks = [f'### {parts["title"]}', _markdown_list(_sentences(comparison))]
+    if parts['lacking']:
+        blocks += ['Missing here:', _markdown_list(parts['lacking'])]
+    blocks += [_markdown_table(table) for table in _tables(comparison).values()]
+    blocks.append(_markdown_list([*parts['notes'], *_machine_lines(parts)]))
+    return '\n\n'.join(blocks) + '\n'
+
+
+def as_html(comparison: Comparison, parts: Mapping[str, Any], metric: bytes, training: bytes,
+            further: Mapping[str, bytes]) -> str:
+    """A page that needs no other file.
+
+    Args:
+        comparison: From `compare`.
+        parts: See `as_markdown`.
+        metric: PNG of `draw_metric`.
+        training: PNG of `draw_training`.
+        further: PNGs for the end of the page, by their titles.
+    """
+    lacking = ([_heading('Missing here'), _html_list(parts['lacking'])] if parts['lacking']
+               else [])
+    tables = [text for title, table in _tables(comparison).items()
+              for text in (_heading(title), html_table(*table))]
+    pictures = [text for title, png in further.items()
+                for text in (_heading(title), html_picture(png, title))]
+    return html_page(parts['title'], '\n'.join([
+        _html_list(_sentences(comparison)), *lacking,
+        html_picture(metric, 'the metric of every variant and seed'), *tables,
+        _heading('Training'), html_picture(training, 'loss and metric while training'),
+        *pictures, _heading('How to read this'),
+        _html_list([*parts['notes'], *_machine_lines(parts)])]))
+
+
+def _tables(comparison: Comparison) -> dict[str, Table]:
+    tables = {'Variants': _table_of_variants(comparison)}
+    if comparison.pairs:
+        tables['Paired differences'] = _table_of_pairs(comparison)
+    tables[f'{comparison.metric} of every seed'] = _table_of_seeds(comparison)
+    return tables
+
+
+def _table_of_variants(comparison: Comparison) -> Table:
+    rows = []
+    for spread in comparison.spreads:
+        deviation = ('' if spread.deviation is None
+                     else f' ± {comparison.text(spread.deviation)}')
+        rows.append([
+            spread.variant, f'{comparison.text(spread.mean)}{deviation} ({len(spread.values)})',
+            f'{spread.seconds_per_iteration * 1000:.1f}',
+            '-' if spread.time_ratio is None else f'{spread.time_ratio:.2f}',
+            '-' if spread.peak_bytes is None else f'{spread.peak_bytes / 1e6:.0f}',
+            '-' if spread.kernel_step is None else f'{spread.kernel_step:.2e}',
+            f'{spread.parameters / 1e6:.2f}'])
+    return (['', f'{comparison.metric}: mean ± sd (n)', 'training (ms/iteration)',
+             f'time over {comparison.reference}', 'peak memory (MB)', 'relative step of the kernel',
+             'parameters in training (M)'], rows)
+
+
+def _table_of_seeds(comparison: Comparison) -> Table:
+    seeds = sorted({outcome.seed for outcome in comparison.outcomes})
+    rows = []
+    for spread in comparison.spreads:
+        training = {outcome.seed: outcome.training_metric for outcome in comparison.outcomes
+                    if outcome.variant == spread.variant and outcome.training_metric is not None}
+        rows.append([spread.variant, *(comparison.text(spread.values.get(seed))
+                                       for seed in seeds)])
+        if training:
+            rows.append([f'{spread.variant}, training form',
+                         *(comparison.text(training.get(seed)) for seed in seeds)])
+    return ['', *(f'seed {seed}' for seed in seeds)], rows
+
+
+def _table_of_pairs(comparison: Comparison) -> Table:
+    rows = []
+    for pair in comparison.pairs:
+        interval = ('none' if pair.interval is None else
+                    ' to '.join(comparison.text(end, signed=True) for end in pair.interval))
+        rows.append([f'{pair.variant} - {pair.reference}',
+                     comparison.text(pair.mean, signed=True), interval,
+                     str(len(pair.differences)),
+                     ', '.join(comparison.text(value, signed=True)
+                               for value in pair.differences.values())])
+    unit = ' (points)' if comparison.percent else ''
+    return ['', f'mean difference{unit}', '95 % interval', 'seeds', 'each seed'], rows
+
+
+def _sentences(comparison: Comparison) -> list[str]:
+    return ([pair.sentence + '.' for pair in comparison.pairs]
+            or ['One variant has finished: nothing is compared.'])
+
+
+def _machine_lines(parts: Mapping[str, Any]) -> list[str]:
+    lines = [f'Trained on: {machine["device"]} ({machine["processor"]}), threads: '
+             f'{machine["threads"]}, torch {machine["torch"]}.' for machine in parts['machines']]
+    versions = ', '.join(f'{name} {version}' for name, version in parts['versions'].items())
+    return [*lines, f'This report was made with {versions}.']
+
+
+def _markdown_table(table: Table) -> str:
+    headings, rows = table
+    marks = ['---', *['---:'] * (len(headings) - 1)]
+    return '\n'.join(f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |'
+                     for cells in (headings, marks, *rows))
+
+
+def _markdown_list(lines: Sequence[str]) -> str:
+    return '\n'.join(f'- {line}' for line in lines)
+
+
+def _heading(title: str) -> str:
+    return f'<h2>{html.escape(title)}</h2>'
+
+
+def _html_list(lines: Sequence[str]) -> str:
+    return '<ul>\n' + '\n'.join(f'<li>{html.escape(line)}</li>' for line in lines) + '\n</ul>'
