@@ -306,7 +306,8 @@ def _notes(comparison: Comparison, pairs: Sequence[Pair], smaller: bool) -> list
     notes = [METHOD]
     unit = ('smaller is better' if smaller else 'in percent; differences are points'
             if comparison.percent else 'between 0 and 1')
-    notes.append(f'Metric: {comparison.metric} of the plain form, {unit}.')
+    notes.append(f'Metric: {comparison.metric} of the plain form after the last '
+                 f'iteration, {unit}.')
     if len(pairs) > 1:
         notes.append(
             f'{len(pairs)} comparisons are made with one reference, and their intervals are not '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ class Run:
         """How much of its training has been logged, between 0 and 1."""
         loop = self._config.train_cfg
         name, total = (('iter', loop.max_iters) if 'max_iters' in loop
-                       else ('epoch', loop.max_epochs))
+                       else ('epoch', loop.get('max_epochs', math.inf)))
         try:
             logged = read_scalars(self.folder / TRAINED).get(name, {})
         except (FileNotFoundError, ValueError):  # not begun; a line that is being written
@@ -111,8 +112,8 @@ def plan_runs(cfg: Config, variants: Sequence[Variant], seeds: Sequence[int], ou
     made = {}
     for variant in variants:
         made[variant.text] = variant_config(cfg, variant, plain_checkpoint)
-        made[variant.text].setdefault('custom_hooks', []).append(
-            dict(type='KernelStepHook', interval=step_interval))
+        made[variant.text].custom_hooks = [*(made[variant.text].get('custom_hooks') or []),
+                                           dict(type='KernelStepHook', interval=step_interval)]
         made[variant.text].pop('work_dir', None)
         check_pretrained(made[variant.text])
     for seed in dict.fromkeys(seeds):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
+import math
 import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -37,8 +36,16 @@ from .curves import read_scalars
 from .deploy import reparameterize_checkpoint
 from .summary import FORMS
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: no lock there, and no peak of memory
+    fcntl = resource = None
+
 #: What lies in the folder of a run.
 CONFIG, TRAINED, RESULT, LOG, LOCK = 'config.py', 'train', 'result.json', 'log.txt', 'lock'
+#: In place of what was not logged.
+_UNKNOWN = {0: math.nan}
 
 
 def run_variant(folder: str | Path) -> dict[str, Any]:
@@ -54,8 +61,9 @@ def run_variant(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileExistsError: If another process trains this run.
+        ConfigError: If the training left no checkpoint.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     with _alone(folder / LOCK):
         result = _trained_and_tested(folder)
         with written_whole(folder / RESULT) as path:
@@ -79,16 +87,22 @@ def _trained_and_tested(folder: Path) -> dict[str, Any]:
     runner.train()
     peak = _peak_bytes()
     checkpoint = find_latest_checkpoint(str(folder / TRAINED))
-    scalars = read_scalars(folder / TRAINED)
+    if checkpoint is None:
+        raise ConfigError('the training left no checkpoint: give the config a '
+                          'default_hooks.checkpoint that saves the last')
+    try:
+        scalars = read_scalars(folder / TRAINED)
+    except FileNotFoundError:  # a visualizer that writes elsewhere
+        scalars = {}
     metrics, largest = _tested(cfg, checkpoint, folder, training_form)
     return {
         'metrics': metrics,
         'largest_difference': largest,
         'parameters': parameters,
         'iterations': runner.iter,
-        'seconds_per_iteration': statistics.median(scalars['time'].values()),
+        'seconds_per_iteration': statistics.median(scalars.get('time', _UNKNOWN).values()),
         'peak_bytes': None if earlier else peak,  # a part of a run does not tell
-        'kernel_step': statistics.fmean(scalars.get('kernel_step', {0: float('nan')}).values()),
+        'kernel_step': statistics.fmean(scalars.get('kernel_step', _UNKNOWN).values()),
         'seconds': time.time() - start,  # of the last process
         'checkpoint': str(Path(checkpoint).relative_to(folder)),
         'machine': {'torch': torch.__version__, 'threads': torch.get_num_threads(),
@@ -113,16 +127,19 @@ def _alone(path: Path) -> Iterator[None]:
     """Refuse to work where another process does; the lock goes with the process."""
     with path.open('w') as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f'another process works in {path.parent}') from None
         yield
 
 
-def _peak_bytes() -> int:
+def _peak_bytes() -> int | None:
     """Peak memory of this process: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -81,7 +81,7 @@ def test_missing_weights_before_anything_is_written(folder, tmp_path):
 @pytest.fixture(scope='module')
 def executed(folder, tmp_path_factory):
     """Both forms of a small detector, and a variant that fails."""
-    out, lines = tmp_path_factory.mktemp('out'), []
+    out, lines = os.path.relpath(tmp_path_factory.mktemp('out')), []
     runs = plan(folder, out, 'plain', 'orepa', 'orepa:train_dataloader.batch_size=-1',
                 step_interval=1)
     return runs, execute(runs, parallel=2, say=lines.append), lines
