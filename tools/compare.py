@@ -58,7 +58,7 @@ def main() -> int:
         comparison = write_comparison(args.out, args.metric, args.reference)
         if args.into:
             fill_document(args.out, args.into)
-    except (CheckpointError, ConfigError, DataRootError, FileNotFoundError) as error:
+    except (CheckpointError, ConfigError, DataRootError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -223,8 +223,11 @@ def smaller_is_better(cfg: Config, metric: str) -> bool:
         cfg: The training config.
         metric: Its name.
     """
-    return 'loss' in metric.lower() or (_checkpoint_hook(cfg).get('rule') == 'less'
-                                        and _checkpoint_hook(cfg).get('save_best') == metric)
+    best, rules = ([value] if value is None or isinstance(value, str) else list(value)
+                   for value in map(_checkpoint_hook(cfg).get, ('save_best', 'rule')))
+    if len(rules) == 1:  # holds for all
+        rules *= len(best)
+    return 'loss' in metric.lower() or dict(zip(best, rules)).get(metric) == 'less'
 
 
 def _checkpoint_hook(cfg: Config) -> Mapping[str, Any]:
@@ -284,7 +287,7 @@ def _sentence(pair: Pair, comparison: Comparison, smaller: bool) -> str:
     names = f'{pair.variant} and {pair.reference}'
     unit = ' points' if comparison.percent else ''
     if mean is None:
-        return f'{names} have no seed in common: nothing can be compared'
+        return f'{names} have no seed in common with a number for both: nothing can be compared'
     difference = f'{comparison.text(mean, signed=True)}{unit}'
     if count == 1:
         return (f'{pair.variant} minus {pair.reference} is {difference}: one seed says nothing '

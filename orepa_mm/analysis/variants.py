@@ -12,10 +12,12 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS
 
-from ..checkpoints import load_checkpoint
+from ..checkpoints import load_checkpoint, load_pretrained, model_state_dict
+from ..checkpoints.forms import is_branch_key
 from ..engine import without_reparam_test
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..export.stock import deploy_config
+from ..layers import build_orepa_conv
 
 #: What a variant can be called, and what that is.
 VARIANTS = {
@@ -49,25 +51,30 @@ class Variant:
         """Read a variant.
 
         An option is `lr` (of the optimizer), a setting of the config (a name with
-        dots, or `load_from`), or else an option of the blocks. One without a
-        value is True.
+        dots, or `load_from`), or else an option of the blocks. One of the blocks
+        without a value is True.
 
         Args:
             text: E.g. `plain`, `orepa:single_init,lr=5e-4`.
 
         Raises:
-            ConfigError: If there is no such kind, or a plain or DBB network is
-                given options of OREPA blocks.
+            ConfigError: If there is no such kind, an option has no name, a
+                setting no value or one that cannot be read, or a plain or DBB
+                network is given options of OREPA blocks.
         """
         kind, _, options = text.partition(':')
         if kind not in VARIANTS:
             raise ConfigError(f'there is no variant {kind!r}, choose among {", ".join(VARIANTS)}')
         block_options, settings = {}, {}
-        for option in re.split(r',(?![^\[(]*[\])])', options) if options else []:
-            key, equals, value = option.partition('=')
-            key = _LEARNING_RATE if key == 'lr' else key
-            target = settings if '.' in key or key == 'load_from' else block_options
-            target[key] = DictAction._parse_iterable(value) if equals else True
+        for option in _split(options) if options else []:
+            name, equals, value = option.partition('=')
+            key = _LEARNING_RATE if name == 'lr' else name
+            is_setting = '.' in key or key == 'load_from'
+            if not key.strip() or ((is_setting or equals) and not value.strip()):
+                raise ConfigError(f'the variant {text!r} has an option without a '
+                                  + (f'value: {name}' if key.strip() else 'name'))
+            (settings if is_setting else block_options)[key] = (
+                _value(value, text) if equals else True)
         if block_options and kind in ('plain', 'dbb'):
             raise ConfigError(f'the variant {text!r} has no OREPA blocks that could take '
                               f'{", ".join(block_options)}')
@@ -93,13 +100,21 @@ def variant_config(cfg: Config, variant: Variant, plain_checkpoint: str | Path |
         A new config.
 
     Raises:
+        CheckpointError: If the plain checkpoint is in training form, or its
+            backbone is another than the config's.
         ConfigError: If nothing of the config's model is OREPA's, there is no such
-            variant of it, or `expand` has no checkpoint.
+            variant of it, the blocks or the config have no such option, or
+            `expand` has no checkpoint.
     """
     stock = _as_trained(deploy_config(cfg).model, cfg.model)
     if stock == cfg.model:
         raise ConfigError('the config has nothing of OREPA in its model: give the config that an '
                           'OREPA network is trained with')
+    if variant.kind in ('orepa', 'expand') and with_block_options(
+            cfg.model, {'probe': True}) == cfg.model:
+        raise ConfigError(f'there is no variant {variant.kind}: the model of the config has no '
+                          'OREPA layers')
+    _require_known(cfg, variant)
     result = copy.deepcopy(cfg)
     if variant.kind == 'plain':
         result = without_reparam_test(result)
@@ -157,7 +172,10 @@ def _to_dbb(value: dict) -> dict:
         raise ConfigError('there is no variant dbb of a model of type Expanded: a Diverse Branch '
                           'Block cannot start from a given kernel')
     if kind.startswith('OREPA'):
-        name = str(value['type']).replace('OREPA', 'DBB')
+        name = value['type']
+        if not isinstance(name, str):  # a class, in a config of the lazy kind
+            name = f'{name.__module__}.{name.__name__}'
+        name = name.replace('OREPA', 'DBB')
         if MODELS.get(name) is None:
             raise ConfigError(f'there is no variant dbb: {kind} has no counterpart with Diverse '
                               'Branch Blocks')
@@ -188,12 +206,54 @@ def _as_trained(stock: Any, original: Any) -> Any:
 
 def _start_from(cfg: Config, checkpoint: Path) -> None:
     """Let a config start from a checkpoint: the whole model, or its backbone from a classifier."""
-    state = load_checkpoint(checkpoint)
-    state = state.get('state_dict', state)
+    state = model_state_dict(load_checkpoint(checkpoint))
+    if any(map(is_branch_key, state)):
+        raise CheckpointError(f'{checkpoint} is in training form, and --plain-checkpoint takes a '
+                              'plain network')
     parts = {key.partition('.')[0] for key in state}
-    of_detector = 'backbone' in parts and parts - {'backbone', 'head'}
-    if cfg.get('default_scope') == 'mmpretrain' or of_detector:
+    prefix = dict(prefix='backbone.') if 'backbone' in parts else {}
+    # MMEngine would only warn of weights that do not fit, and a plain network start at random
+    load_pretrained(MODELS.build({**cfg.model.backbone, 'init_cfg': None}), str(checkpoint),
+                    **prefix)
+    whole = cfg.get('default_scope') == 'mmpretrain' or parts - {'backbone', 'head'}
+    if prefix and whole:
         cfg.load_from = str(checkpoint.resolve())
-        return
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint.resolve()), **(
-        dict(prefix='backbone.') if 'backbone' in parts else {}))
+    else:
+        cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint.resolve()),
+                                           **prefix)
+
+
+def _split(options: str) -> list[str]:
+    """Options at the commas that stand in no brackets."""
+    parts, depth = [''], 0
+    for letter in options:
+        depth += (letter in '([{') - (letter in ')]}')
+        if letter == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _value(text: str, variant: str) -> Any:
+    """A value as MMEngine reads those of `--cfg-options`; blanks in a path stay."""
+    if not text.startswith(('(', '[')):
+        return DictAction._parse_int_float_bool(text)
+    try:
+        return DictAction._parse_iterable(text)
+    except (AssertionError, RecursionError) as error:
+        raise ConfigError(f'the variant {variant!r} has a value that cannot be read: {text}'
+                          ) from error
+
+
+def _require_known(cfg: Config, variant: Variant) -> None:
+    """Refuse options that no run could have, before any of them has run for hours."""
+    for key in variant.settings:
+        if key != 'load_from' and key.partition('.')[0] not in cfg:
+            raise ConfigError(f'the variant {variant.text!r} sets {key}, and the config has no '
+                              f'{key.partition(".")[0]}')
+    try:
+        build_orepa_conv(8, 8, 3, padding=1, **variant.block_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'the variant {variant.text!r} has options that OREPA blocks do not '
+                          f'take: {error}') from error

@@ -56,10 +56,13 @@ class ReparamBackboneMixin:
         """The config of the deployed form, which does not need this package.
 
         Args:
-            cfg: Config of this backbone, without `conv_cfg`.
+            cfg: Config of this backbone, without a `conv_cfg` that names a type of ours.
         """
-        return {**{key: value for key, value in cfg.items() if key != 'deploy'},
-                'type': cls.stock_type, 'init_cfg': None}
+        result = {**{key: value for key, value in cfg.items() if key != 'deploy'},
+                  'type': cls.stock_type, 'init_cfg': None}
+        if 'type' not in (cfg.get('conv_cfg') or {'type': None}):
+            result['conv_cfg'] = None  # options of the layers that the stock class has not
+        return result
 
     def init_weights(self) -> None:
         """Initialise as the stock class does, but load pretrained weights strictly.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -20,7 +22,9 @@ class KernelStepHook(Hook):
     the kernel, over the norm of that kernel. A kernel that is followed by a BN
     computes the same at any scale, so this tells how fast it turns; and a
     generated kernel moves by the sum of what its branches move. It has the same
-    meaning for a plain network and for one in training form.
+    meaning for a plain network and for one in training form. A kernel of zeros is
+    left out. Where gradients are accumulated, measure iterations that end with a
+    step: `interval` a multiple of `accumulative_counts`.
 
     Needed while it runs: memory for every kernel, at the measured iterations
     only; their device is waited for once.
@@ -68,10 +72,14 @@ class KernelStepHook(Hook):
         """
         if not self._before:
             return
-        steps = [torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before)
-                 for before, after in zip(self._before, _kernels(bare_model(runner)))]
+        steps = torch.stack([
+            torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before)
+            for before, after in zip(self._before, _kernels(bare_model(runner)))])
         self._before = []
-        runner.message_hub.update_scalar('train/kernel_step', torch.stack(steps).mean().item())
+        # of a kernel of zeros, which has no direction, there is no relative step
+        step = steps.masked_fill(~steps.isfinite(), torch.nan).nanmean().item()
+        if math.isfinite(step):
+            runner.message_hub.update_scalar('train/kernel_step', step)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import queue
 import statistics
 import subprocess
 import sys
@@ -97,24 +98,36 @@ def plan_runs(cfg: Config, variants: Sequence[Variant], seeds: Sequence[int], ou
         seeds: Seeds of each.
         out: The folder of the comparison.
         plain_checkpoint: See `variant_config`.
-        step_interval: Every how many iterations the step of the kernels is measured.
+        step_interval: Every how many iterations the step of the kernels is measured;
+            the next multiple that ends with a step where gradients are accumulated.
         title: Of the report; the folder's name by default.
 
     Returns:
         The runs that are asked for, in their order.
 
     Raises:
-        ConfigError: If a variant cannot be made, or `out` holds such a run of
-            another config; nothing is written then.
+        CheckpointError: If the plain checkpoint does not fit.
+        ConfigError: If a variant cannot be made, the config tests nothing, a seed
+            is none, two variants would share a folder, or `out` is no folder or
+            holds such a run of another config; nothing is written then.
         FileNotFoundError: If a file of pretrained weights is missing.
     """
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ConfigError(f'seeds lie between 0 and 2**32 - 1, got {list(seeds)}')
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError(f'{out} is no folder: choose another one with --out')
     runs, contents = [], []
     made = {}
     for variant in variants:
         made[variant.text] = variant_config(cfg, variant, plain_checkpoint)
-        made[variant.text].custom_hooks = [*(made[variant.text].get('custom_hooks') or []),
-                                           dict(type='KernelStepHook', interval=step_interval)]
+        # gradients that are accumulated change no kernel before they are used
+        accumulated = (made[variant.text].get('optim_wrapper') or {}).get('accumulative_counts', 1)
+        hook = dict(type='KernelStepHook', interval=math.lcm(step_interval, accumulated))
+        made[variant.text].custom_hooks = [*(made[variant.text].get('custom_hooks') or []), hook]
         made[variant.text].pop('work_dir', None)
+        if made[variant.text].get('test_cfg') is None:
+            raise ConfigError('the config tests nothing: give it a test_cfg, a test_dataloader and '
+                              'a test_evaluator, from which the metric comes')
         check_pretrained(made[variant.text])
     for seed in dict.fromkeys(seeds):
         for variant in dict.fromkeys(variants):
@@ -124,14 +137,20 @@ def plan_runs(cfg: Config, variants: Sequence[Variant], seeds: Sequence[int], ou
             runs.append(run)
             contents.append(content.pretty_text)
             path = run.folder / CONFIG
-            if path.is_file() and path.read_text() != contents[-1]:
+            if path.is_file() and path.read_text('utf-8') != contents[-1]:
                 raise ConfigError(f'{run.folder} is of another config or of other options: choose '
                                   'another folder with --out, or delete that run')
+    earlier = planned_runs(out)[1] if (Path(out) / PLAN).is_file() else []
+    owners: dict[Path, Run] = {}
+    for run in [*earlier, *runs]:
+        other = owners.setdefault(run.folder, run)
+        if other != run:
+            raise ConfigError(f'the variants {other.variant.text!r} and {run.variant.text!r} would '
+                              f'share the folder {run.folder}: spell one of them differently')
     for run, content in zip(runs, contents):
         if not (run.folder / CONFIG).is_file():
             with written_whole(run.folder / CONFIG) as path:
-                path.write_text(content)
-    earlier = planned_runs(out)[1] if (Path(out) / PLAN).is_file() else []
+                path.write_text(content, 'utf-8')
     content = {'title': title or Path(out).resolve().name,
                'runs': [(run.variant.text, run.seed)
                         for run in dict.fromkeys([*earlier, *runs])]}
@@ -175,9 +194,17 @@ def execute(runs: Iterable[Run], parallel: int = 1, say: Callable[[str], None] =
     runs = list(runs)
     progress = _Progress(runs, parallel, say)
 
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(parallel):
+        slots.put(slot)
+
     def one(run: Run) -> bool:
+        slot = slots.get()
         progress.start(run)
-        code = _train(run, progress.todo.index(run), parallel, progress.stopped)
+        try:
+            code = _train(run, slot, parallel, progress.stopped)
+        finally:
+            slots.put(slot)
         progress.end(run, code)
         return code == 0
 
@@ -194,14 +221,23 @@ def execute(runs: Iterable[Run], parallel: int = 1, say: Callable[[str], None] =
     return [run for future, run in futures.items() if not future.result()]
 
 
-def _train(run: Run, number: int, parallel: int, stopped: threading.Event) -> int:
-    """Train one run in a process of its own; its exit code."""
+def _environment(slot: int, parallel: int) -> dict[str, str]:
+    """Of the process that trains at one of so many places: its share of the machine."""
     environment = dict(os.environ)
     if parallel > 1:
         threads = max(1, (os.cpu_count() or 1) // parallel)
         environment.setdefault('OMP_NUM_THREADS', str(threads))
-        if torch.cuda.device_count() > 1:
-            environment['CUDA_VISIBLE_DEVICES'] = str(number % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if count > 1:
+            ours = environment.get('CUDA_VISIBLE_DEVICES')  # not all may be for us
+            names = ours.split(',') if ours else list(map(str, range(count)))
+            environment['CUDA_VISIBLE_DEVICES'] = names[slot % count]
+    return environment
+
+
+def _train(run: Run, slot: int, parallel: int, stopped: threading.Event) -> int:
+    """Train one run in a process of its own; its exit code."""
+    environment = _environment(slot, parallel)
     with (run.folder / LOG).open('a') as log:
         process = subprocess.Popen([sys.executable, '-m', 'orepa_mm.workflow.comparison_run',
                                     str(run.folder)], stdout=log, stderr=subprocess.STDOUT,

@@ -69,9 +69,11 @@ def write_comparison(out: str | Path, metric: str | None = None, reference: str 
     if not finished:
         raise ConfigError(f'{out} has no finished run, so there is nothing to compare'
                           + (': ' + shortened(lacking) if lacking else ''))
-    first, content = next(iter(finished.items()))
-    cfg = Config.fromfile(first.folder / CONFIG)
-    name = chosen_metric(cfg, content['metrics']['deployed'], metric)
+    cfg = Config.fromfile(next(iter(finished)).folder / CONFIG)
+    measured: dict[str, float] = {}  # a detector that finds nothing has no AP
+    for result in finished.values():
+        measured = {**result['metrics']['deployed'], **measured}
+    name = chosen_metric(cfg, measured, metric)
     comparison = compare([_outcome(run, result, name) for run, result in finished.items()], name,
                          reference, smaller_is_better(cfg, name))
     scalars, silent = _scalars(finished)
@@ -195,7 +197,8 @@ def _branches(finished: Iterable[Run]) -> dict[str, Figure]:
     figures = {}
     for run in {run.variant: run for run in reversed(list(finished))}.values():
         checkpoint = run.folder / run.result['checkpoint']
-        if run.variant.kind == 'plain' or not checkpoint.is_file():  # tidied away
+        # a network of one form has no branches; a checkpoint may have been tidied away
+        if 'training' not in run.result['metrics'] or not checkpoint.is_file():
             continue
         cfg = Config.fromfile(run.folder / CONFIG)
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):

@@ -107,7 +107,8 @@ def test_only_common_seeds_are_compared():
     assert orepa.differences == pytest.approx({1: 0.05, 2: 0.03})
     assert orepa.interval == interval_of((0.05, 0.03))
     assert dbb.mean is None
-    assert dbb.sentence == 'dbb and plain have no seed in common: nothing can be compared'
+    assert dbb.sentence == ('dbb and plain have no seed in common with a number for both: nothing '
+                            'can be compared')
     text = '\n'.join(result.notes)
     assert 'plain: the metric is no number with seed 3; left out' in text
     assert 'plain has not finished with seeds 8, 9' in text
@@ -189,6 +190,10 @@ def test_a_metric_by_name():
 def test_what_is_an_error_and_what_a_quality():
     assert smaller_is_better(config(save_best='rmse', rule='less'), 'rmse')
     assert not smaller_is_better(config(save_best='rmse', rule='less'), 'mIoU')
+    several = config(save_best=['mIoU', 'rmse'], rule=['greater', 'less'])
+    assert smaller_is_better(several, 'rmse')
+    assert not smaller_is_better(several, 'mIoU')
+    assert smaller_is_better(config(save_best=['mae', 'rmse'], rule='less'), 'rmse')
     assert smaller_is_better(Config({}), 'val_loss')
     assert not smaller_is_better(config(), 'coco/bbox_mAP')
 

@@ -8,10 +8,13 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
 import orepa_mm  # noqa: F401
 from orepa_mm.analysis.variants import Variant, variant_config, with_block_options
-from orepa_mm.errors import ConfigError
+from orepa_mm.errors import CheckpointError, ConfigError
+from orepa_mm.export.stock import deploy_config
 from orepa_mm.layers import DBBConv2d, reparam_layers
 
 LIGHT = 'faster_rcnn/faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
+CLASSIFIER = 'imagenet/orepa-resnet18-light_300i_in1k.py'
+REPVGG = 'imagenet/orepa-repvgg-light_1500i_cifar10.py'
 PRETRAINED = 'faster_rcnn/faster-rcnn_orepa-r50_fpn_1x_coco.py'
 
 
@@ -145,19 +148,94 @@ def test_a_plain_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match='--plain-checkpoint'):
         made(LIGHT, 'expand')
     file = tmp_path / 'plain.pth'
-    torch.save(dict(state_dict={'backbone.conv1.weight': torch.ones(1),
-                                'head.fc.weight': torch.ones(1)}), file)
+    plain = MODELS.build(made(LIGHT, 'plain').model.backbone).state_dict()
+    of_classifier = {f'backbone.{key}': value for key, value in plain.items()}
+    torch.save(dict(state_dict={**of_classifier, 'head.fc.weight': torch.ones(1)}), file)
     pretrained = dict(type='Pretrained', checkpoint=str(file), prefix='backbone.')
     for text in ('plain', 'expand'):
         cfg = made(LIGHT, text, file)
         assert cfg.model.backbone.init_cfg == pretrained
         assert cfg.get('load_from') is None
     assert made(LIGHT, 'orepa', file).model.backbone.init_cfg is None
-    torch.save({'conv1.weight': torch.ones(1)}, file)
-    assert made(LIGHT, 'plain', file).model.backbone.init_cfg == dict(
-        type='Pretrained', checkpoint=str(file))
-    torch.save(dict(state_dict={'backbone.conv1.weight': torch.ones(1),
-                                'neck.conv.weight': torch.ones(1)}), file)
+    torch.save(dict(state_dict={**of_classifier, 'neck.conv.weight': torch.ones(1)}), file)
     cfg = made(LIGHT, 'plain', file)
     assert cfg.load_from == str(file)
     assert cfg.model.backbone.init_cfg is None
+    torch.save(plain, file)
+    for name, scope in ((LIGHT, 'mmdet'), (CLASSIFIER, 'mmpretrain')):  # not the whole model
+        with DefaultScope.overwrite_default_scope(scope):
+            cfg = made(name, 'plain', file)
+        assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=str(file))
+        assert cfg.get('load_from') is None
+
+
+def test_a_checkpoint_that_is_not_plain_or_of_another_network(tmp_path):
+    file = tmp_path / 'other.pth'
+    for model, what in ((made(LIGHT, 'orepa'), 'is in training form'),
+                        (made(LIGHT, 'plain:model.backbone.base_channels=16'), 'does not fit')):
+        torch.save(MODELS.build(model.model.backbone).state_dict(), file)
+        for text in ('plain', 'expand'):  # MMEngine would leave a plain one at random
+            with pytest.raises(CheckpointError, match=what):
+                made(LIGHT, text, file)
+
+
+@pytest.mark.parametrize(('text', 'what'), [
+    ('plain:lr', 'an option without a value: lr'),
+    ('orepa:lr=', 'an option without a value: lr'),
+    ('orepa:single_init=', 'an option without a value: single_init'),
+    ('orepa:load_from=a,b.pth', 'an option without a value: b.pth'),
+    ('orepa:', None), ('orepa:,', 'an option without a name'), ('orepa:=1', 'without a name'),
+    ('orepa:a=[1,2', 'cannot be read'),
+])
+def test_options_that_cannot_be_read(text, what):
+    if what is None:
+        assert Variant.parse(text).settings == {}
+        return
+    with pytest.raises(ConfigError, match=what):
+        Variant.parse(text)
+
+
+def test_values_with_brackets_and_blanks():
+    variant = Variant.parse('orepa:a=((0,1),[2,3]),lr=2,load_from=my weights/x.pth')
+    assert variant.block_options == {'a': ((0, 1), [2, 3])}
+    assert variant.settings == {'optim_wrapper.optimizer.lr': 2,
+                                'load_from': 'my weights/x.pth'}
+
+
+@pytest.mark.parametrize(('text', 'what'), [
+    ('orepa:bogus=1', 'bogus'), ('orepa:block=none', 'none'), ('orepa:init_hyper_para=x', 'x'),
+    ('plain:optim_wraper.optimizer.lr=1', 'has no optim_wraper'),
+])
+def test_options_that_do_not_exist(text, what):
+    with pytest.raises(ConfigError, match=what):
+        made(LIGHT, text)
+
+
+def test_a_config_with_diverse_branch_blocks():
+    """It is no OREPA, whatever its variant were called."""
+    name = 'retinanet/retinanet_dbb-r50_fpn_1x_coco.py'
+    assert made(name, 'dbb').model.backbone.type == 'DBBResNet'
+    for text in ('orepa', 'orepa:single_init'):
+        with pytest.raises(ConfigError, match='no OREPA layers'):
+            made(name, text)
+
+
+def test_dbb_of_a_class_and_of_its_whole_path():
+    """As in configs of the lazy kind, and as they are written."""
+    path = 'orepa_mm.backbones.det.OREPAResNet'
+    for kind in (path, MODELS.get(path)):
+        cfg = config(LIGHT)
+        cfg.model.backbone.type = kind
+        found = variant_config(cfg, Variant.parse('dbb')).model.backbone
+        assert type(MODELS.build(found)) is MODELS.get('mmdet.DBBResNet')
+
+
+@pytest.mark.parametrize(('name', 'text'), [
+    (LIGHT, 'orepa:single_init'), (LIGHT, 'dbb'), (CLASSIFIER, 'orepa:init_hyper_para=0.5'),
+    (REPVGG, 'orepa:block=repvgg_online')])
+def test_a_variant_can_be_deployed_and_has_a_plain_one(name, text):
+    """Options of the layers are no `conv_cfg` of the stock network."""
+    with DefaultScope.overwrite_default_scope('mmpretrain' if 'imagenet' in name else 'mmdet'):
+        cfg = made(name, text)
+        for found in (deploy_config(cfg), variant_config(cfg, Variant.parse('plain'))):
+            assert not list(reparam_layers(MODELS.build(found.model)))

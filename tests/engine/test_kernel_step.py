@@ -49,6 +49,15 @@ def test_frozen_layers_have_no_step():
     assert runner.logged == pytest.approx([0.25])
 
 
+def test_a_kernel_of_zeros_has_no_step():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    nn.init.zeros_(model[1].weight)  # as of the offsets of a deformable convolution
+    runner, hook = Runner(model), KernelStepHook(interval=1)
+    runner.step(hook, lambda: model[0].weight.mul_(1.25))
+    runner.step(hook, lambda: [layer.weight.add_(layer.weight + 0.5) for layer in model[1:]])
+    assert runner.logged == pytest.approx([0.25, 0.0])
+
+
 def test_nothing_to_measure():
     runner, hook = Runner(nn.Linear(4, 4)), KernelStepHook(interval=1)
     runner.step(hook, lambda: None)

@@ -275,3 +275,16 @@ def test_neither_order_nor_augmentation_is_claimed_to_be_equal():
     cfg = Config({'train_dataloader': {'num_workers': 2, 'sampler': {'type': 'InfiniteSampler'},
                                        'worker_init_fn': {'type': 'mine'}}})
     assert 'augmentation' not in what_is_equal(cfg)[0]
+
+
+def test_a_run_that_found_nothing_and_one_without_branches(tmp_path):
+    """The first run has no metric; the other is called orepa, and built without blocks."""
+    nothing = {'deployed': {}}
+    make_run(tmp_path / 'cells', 'plain', 0, 0.0, metrics=nothing)
+    folder = make_run(tmp_path / 'cells', 'orepa:model.backbone.deploy=True', 0, 0.25,
+                      ('deployed',))
+    (folder / 'train' / 'iter_40.pth').touch()
+    content, markdown, _ = written(tmp_path / 'cells')
+    assert content['metric'] == 'coco/bbox_mAP'
+    assert 'plain: the metric is no number with seed 0; left out' in markdown
+    assert 'no seed in common with a number for both' in markdown

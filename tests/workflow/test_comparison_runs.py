@@ -78,6 +78,60 @@ def test_missing_weights_before_anything_is_written(folder, tmp_path):
     assert not (tmp_path / 'runs').exists()
 
 
+def test_what_no_run_could_do_before_anything_is_written(folder, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ConfigError, match='file is no folder'):
+        plan(folder, tmp_path / 'file', 'plain')
+    out = tmp_path / 'out'
+    for seed in (-1, 2**32):
+        with pytest.raises(ConfigError, match='seeds lie between'):
+            plan(folder, out, 'plain', seeds=(0, seed))
+    untested = config(folder)
+    untested.merge_from_dict(dict(test_cfg=None, test_dataloader=None, test_evaluator=None))
+    with pytest.raises(ConfigError, match='tests nothing'):
+        plan_runs(untested, [Variant.parse('plain')], [0], out)
+    same = ['plain:train_cfg.x=[1,2]', 'plain:train_cfg.x=(1,2)']
+    with pytest.raises(ConfigError, match='would share the folder'):
+        plan(folder, out, *same)
+    assert not out.exists()
+    plan(folder, out, same[0])
+    with pytest.raises(ConfigError, match='of another config'):
+        plan(folder, out, same[1])
+
+
+def test_the_kernel_is_measured_where_it_takes_a_step(folder, tmp_path):
+    run, = plan(folder, tmp_path, 'plain:optim_wrapper.accumulative_counts=4')
+    assert Config.fromfile(run.folder / 'config.py').custom_hooks[-1].interval == 100
+
+
+def test_the_gpus_that_a_user_may_have(monkeypatch):
+    monkeypatch.setattr(comparison.torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    names = [comparison._environment(slot, 3)['CUDA_VISIBLE_DEVICES'] for slot in range(3)]
+    assert names == ['0', '1', '0']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '2,GPU-abc')
+    names = [comparison._environment(slot, 3)['CUDA_VISIBLE_DEVICES'] for slot in range(3)]
+    assert names == ['2', 'GPU-abc', '2']
+    assert comparison._environment(0, 1)['CUDA_VISIBLE_DEVICES'] == '2,GPU-abc'
+
+
+def test_a_run_takes_the_place_of_one_that_has_ended(folder, tmp_path, monkeypatch):
+    runs, at_work, met = plan(folder, tmp_path, 'plain', seeds=range(6)), [], []
+
+    def train(run, slot, parallel, stopped):
+        at_work.append(slot)
+        time.sleep(0.5 if run.seed == 0 else 0.05)  # the first is slow
+        met.append(sorted(at_work) in ([0], [1], [0, 1]))
+        at_work.remove(slot)
+        return 1
+
+    monkeypatch.setattr(comparison, '_train', train)
+    for run in runs:
+        (run.folder / 'log.txt').write_text('line')
+    assert execute(runs, parallel=2, say=lambda line: None) == runs
+    assert met == [True] * 6
+
+
 @pytest.fixture(scope='module')
 def executed(folder, tmp_path_factory):
     """Both forms of a small detector, and a variant that fails."""
