@@ -306,7 +306,7 @@ def _sentence(pair: Pair, comparison: Comparison, smaller: bool) -> str:
 
 
 def _notes(comparison: Comparison, pairs: Sequence[Pair], smaller: bool) -> list[str]:
-    notes = [METHOD]
+    notes = []
     unit = ('smaller is better' if smaller else 'in percent; differences are points'
             if comparison.percent else 'between 0 and 1')
     notes.append(f'Metric: {comparison.metric} of the plain form after the last '

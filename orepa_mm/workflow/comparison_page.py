@@ -12,19 +12,23 @@ from .page import html_page, html_picture, html_table
 #: Headings and lines of a table, as text.
 Table = tuple[list[str], list[list[str]]]
 
+#: Stands between what is of one comparison and what is of all.
+METHOD_MARK = 'How to read this:'
+
 
 def as_markdown(comparison: Comparison, parts: Mapping[str, Any]) -> str:
-    """For GitHub, under a heading of the third level.
+    """For GitHub, under a heading of the third level; the method comes last, behind `METHOD_MARK`.
 
     Args:
         comparison: From `compare`.
-        parts: `title`, `lacking` and `notes` (lines), `machines`, `versions`.
+        parts: `title`, `lacking`, `notes` and `method` (lines), `machines`, `versions`.
     """
     blocks = [f'### {parts["title"]}', _markdown_list(_sentences(comparison))]
     if parts['lacking']:
         blocks += ['Missing here:', _markdown_list(parts['lacking'])]
     blocks += [_markdown_table(table) for table in _tables(comparison).values()]
-    blocks.append(_markdown_list([*parts['notes'], *_machine_lines(parts)]))
+    blocks += [_markdown_list([*parts['notes'], *_machine_lines(parts)]), METHOD_MARK,
+               _markdown_list(parts['method'])]
     return '\n\n'.join(blocks) + '\n'
 
 
@@ -50,7 +54,7 @@ def as_html(comparison: Comparison, parts: Mapping[str, Any], metric: bytes, tra
         html_picture(metric, 'the metric of every variant and seed'), *tables,
         _heading('Training'), html_picture(training, 'loss and metric while training'),
         *pictures, _heading('How to read this'),
-        _html_list([*parts['notes'], *_machine_lines(parts)])]))
+        _html_list([*parts['notes'], *_machine_lines(parts), *parts['method']])]))
 
 
 def _tables(comparison: Comparison) -> dict[str, Table]:

@@ -17,6 +17,7 @@ from mmengine.registry import DefaultScope
 
 from ..analysis.comparison import (
     CONFIDENCE,
+    METHOD,
     Comparison,
     Outcome,
     chosen_metric,
@@ -31,7 +32,7 @@ from ..analysis.similarity_figure import draw_shares, draw_similarities
 from ..errors import ConfigError, shortened
 from ..files import written_whole
 from .comparison import Run, planned_runs
-from .comparison_page import as_html, as_markdown
+from .comparison_page import METHOD_MARK, as_html, as_markdown
 from .comparison_run import CONFIG, LOG, TRAINED
 from .curves import read_scalars
 from .page import png_of
@@ -39,6 +40,14 @@ from .page import png_of
 #: What the figures show, by the end of their names.
 FIGURES = {'metric': 'The metric of every variant and seed',
            'training': 'Loss and metric while training'}
+
+_HOW_MEASURED = (
+    'Time: median of the training iterations that were logged, of these very runs; where runs or '
+    'other programs shared the machine they slowed each other down.',
+    'Peak memory: what PyTorch allocated on the GPU; without one, resident memory of the training '
+    'process. Not known of runs that were resumed.',
+    'Step of the kernel: norm of the change of a kernel in one iteration over its norm, mean over '
+    'the convolutions, over the iterations that were measured and over the seeds.')
 
 
 def write_comparison(out: str | Path, metric: str | None = None, reference: str | None = None
@@ -77,7 +86,7 @@ def write_comparison(out: str | Path, metric: str | None = None, reference: str 
     comparison = compare([_outcome(run, result, name) for run, result in finished.items()], name,
                          reference, smaller_is_better(cfg, name))
     scalars, silent = _scalars(finished)
-    notes = [*comparison.notes, *what_is_equal(cfg), *_of_the_runs(finished), *silent]
+    notes = [*comparison.notes, *_of_the_runs(finished), *silent]
     step = ((cfg.get('default_hooks') or {}).get('logger') or {}).get('log_metric_by_epoch', True)
     pictures = {'metric': png_of(draw_metric(comparison)),
                 'training': png_of(draw_training(scalars, name,
@@ -86,6 +95,7 @@ def write_comparison(out: str | Path, metric: str | None = None, reference: str 
     machines = list({json.dumps(result['machine']): result['machine']
                      for result in finished.values()}.values())
     parts = {'title': title, 'lacking': lacking, 'notes': notes,
+             'method': [METHOD, *what_is_equal(cfg), *_HOW_MEASURED],
              'machines': machines,
              'versions': conditions(torch.device('cpu'), cfg.get('default_scope'))['versions']}
     texts = {
@@ -106,7 +116,7 @@ def write_comparison(out: str | Path, metric: str | None = None, reference: str 
 
 
 def fill_document(out: str | Path, document: str | Path) -> Path:
-    """Write the report of a comparison into a Markdown file, and its figures beside that.
+    """Write the tables of a comparison into a Markdown file, and its figures beside that.
 
     The text goes between the lines `<!-- comparison NAME: begin -->` and
     `<!-- comparison NAME: end -->`, where NAME is that of the folder; the figures
@@ -124,9 +134,10 @@ def fill_document(out: str | Path, document: str | Path) -> Path:
         FileNotFoundError: If there is no such document, or no report.
     """
     out, document = Path(out).resolve(), Path(document)
-    mark, text = f'<!-- comparison {out.name}:', (out / 'comparison.md').read_text('utf-8')
+    mark = f'<!-- comparison {out.name}:'
+    tables, _, _ = (out / 'comparison.md').read_text('utf-8').partition(f'{METHOD_MARK}\n')
     pictures = {key: f'{out.name}-{key}.png' for key in FIGURES}
-    text += '\n' + '\n'.join(f'![{title}]({pictures[key]})\n' for key, title in FIGURES.items())
+    text = tables.rstrip() + '\n\n' + '\n'.join(f'![{title}]({pictures[key]})\n' for key, title in FIGURES.items())
     fill_between(document, f'{mark} begin -->', f'{mark} end -->', text)
     for key, name in pictures.items():
         with written_whole(document.parent / name) as path:
@@ -222,17 +233,8 @@ def _scalars(finished: Mapping[Run, Any]) -> tuple[dict[str, list], list[str]]:
 
 
 def _of_the_runs(finished: Mapping[Run, dict[str, Any]]) -> list[str]:
-    """What the runs have not in common, and how time and memory were measured."""
-    notes = ['Time: median of the training iterations that were logged, of these very runs; where '
-             'runs or other programs shared the machine they slowed each other down.']
-    devices = {result['machine']['device'] for result in finished.values()}
-    notes.append('Peak memory: '
-                 + ('resident memory of the training process' if devices == {'cpu'} else
-                    'what PyTorch allocated on the GPU (without one: resident memory)')
-                 + '; not known of runs that were resumed.')
-    notes.append('Step of the kernel: norm of the change of a kernel in one iteration over its '
-                 'norm, mean over the convolutions, over the iterations that were measured and '
-                 'over the seeds.')
+    """What the runs have not in common."""
+    notes = []
     iterations = {run.name: result['iterations'] for run, result in finished.items()}
     if len(set(iterations.values())) > 1:
         notes.append('THE RUNS ARE NOT EQUALLY LONG: ' + ', '.join(

@@ -145,7 +145,10 @@ def test_into_a_document(out, tmp_path):
     document.write_text(f'before\n{begin}\nold\n{end}\nafter\n')
     fill_document(out, document)
     text = document.read_text()
-    assert text.startswith(f'before\n{begin}\n\n{markdown}')
+    tables, _, method = markdown.partition('\n\nHow to read this:\n')
+    assert text.startswith(f'before\n{begin}\n\n{tables}\n')
+    assert 'Paired t intervals' in method
+    assert 'Paired t intervals' not in text
     assert text.endswith(f'{end}\nafter\n')
     assert 'old' not in text
     for name in ('cells-metric.png', 'cells-training.png'):
@@ -225,7 +228,7 @@ def test_runs_that_have_not_the_same_conditions(out):
     assert 'plain, seed 7: 30 iterations' in markdown
     assert 'compare no times' in markdown
     assert 'resumed, which starts random numbers anew: plain, seed 7.' in markdown
-    assert 'without one: resident memory' in markdown
+    assert 'without one, resident memory' in markdown
 
 
 @pytest.mark.parametrize(('workers', 'sampler', 'same', 'differs'), [
