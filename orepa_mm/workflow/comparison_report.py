@@ -137,8 +137,8 @@ def fill_document(out: str | Path, document: str | Path) -> Path:
     mark = f'<!-- comparison {out.name}:'
     tables, _, _ = (out / 'comparison.md').read_text('utf-8').partition(f'{METHOD_MARK}\n')
     pictures = {key: f'{out.name}-{key}.png' for key in FIGURES}
-    text = tables.rstrip() + '\n\n' + '\n'.join(f'![{title}]({pictures[key]})\n' for key, title in FIGURES.items())
-    fill_between(document, f'{mark} begin -->', f'{mark} end -->', text)
+    shown = '\n'.join(f'![{title}]({pictures[key]})\n' for key, title in FIGURES.items())
+    fill_between(document, f'{mark} begin -->', f'{mark} end -->', f'{tables.rstrip()}\n\n{shown}')
     for key, name in pictures.items():
         with written_whole(document.parent / name) as path:
             path.write_bytes((out / f'comparison-{key}.png').read_bytes())
