@@ -14,10 +14,11 @@ from typing import Any
 
 from .version import __version__
 
-__all__ = ['__version__', 'expand', 'reparameterize', 'verify']
+__all__ = ['__version__', 'expand', 'load', 'reparameterize', 'verify']
 
 #: Public names, and the rooms that they are loaded from when they are first used.
-_ROOMS = {'expand': 'reparam', 'reparameterize': 'reparam', 'verify': 'reparam'}
+_ROOMS = {'expand': 'reparam', 'load': 'workflow', 'reparameterize': 'reparam',
+          'verify': 'reparam'}
 
 
 def __getattr__(name: str) -> Any:
