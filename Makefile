@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | doctor | clean
+# make setup | demo | test | lint | docs | bench | doctor | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ BENCH  := work_dirs/bench
 CONFIG := faster-rcnn_orepa-r18-light_fpn_400i_coco.py
 MIM    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: setup demo test lint bench doctor clean
+.PHONY: setup demo test lint docs bench doctor clean
 
 setup:
 	@$(PYTHON) requirements/install.py --venv $(VENV)
@@ -37,6 +37,11 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 
+# The pages of docs/ as a site; a warning is an error. `.venv/bin/mkdocs serve` shows it, with search.
+docs: setup
+	$(BIN)/mkdocs build
+	@echo "The site: $(CURDIR)/site/index.html"
+
 # What it costs on this machine; see docs/performance.md. Ten minutes on two idle cores.
 BENCHMARK := $(BIN)/python tools/benchmark.py
 R50       := configs/faster_rcnn/faster-rcnn_orepa-r50_fpn_1x_coco.py
@@ -56,5 +61,5 @@ doctor:
 	@PY=$(BIN)/python; [ -x $$PY ] || PY=$(PYTHON); $$PY -m orepa_mm.doctor
 
 clean:
-	rm -rf $(VENV) work_dirs build dist *.egg-info orepa_mm/.mim .pytest_cache .ruff_cache
+	rm -rf $(VENV) work_dirs build dist site *.egg-info orepa_mm/.mim .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
