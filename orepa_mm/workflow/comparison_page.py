@@ -59,6 +59,8 @@ def as_html(comparison: Comparison, parts: Mapping[str, Any], metric: bytes, tra
 
 def _tables(comparison: Comparison) -> dict[str, Table]:
     tables = {'Variants': _table_of_variants(comparison)}
+    if _has_one_seed(comparison):  # the other tables would say the same again
+        return tables
     if comparison.pairs:
         tables['Paired differences'] = _table_of_pairs(comparison)
     tables[f'{comparison.metric} of every seed'] = _table_of_seeds(comparison)
@@ -110,7 +112,13 @@ def _table_of_pairs(comparison: Comparison) -> Table:
     return ['', f'mean difference{unit}', '95 % interval', 'seeds', 'each seed'], rows
 
 
+def _has_one_seed(comparison: Comparison) -> bool:
+    return len({outcome.seed for outcome in comparison.outcomes}) == 1
+
+
 def _sentences(comparison: Comparison) -> list[str]:
+    if _has_one_seed(comparison) and len(comparison.pairs) > 1:
+        return ['Each variant has one seed, which says nothing about chance.']
     return ([pair.sentence + '.' for pair in comparison.pairs]
             or ['One variant has finished: nothing is compared.'])
 

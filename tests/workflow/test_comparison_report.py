@@ -137,6 +137,17 @@ def test_the_page_needs_no_other_file(out):
                for name in ('metric', 'training'))
 
 
+def test_one_seed_each(tmp_path):
+    for number, rate in enumerate(('1e-3', '2e-3', '4e-3')):
+        make_run(tmp_path, f'plain:lr={rate}', 5, 0.5 + number / 10, ('deployed',))
+    _, markdown, page = written(tmp_path)
+    assert '- Each variant has one seed, which says nothing about chance.' in markdown
+    assert row_of(markdown, 'plain:lr=4e-3')[0] == '0.7000 (1)'
+    assert 'better' not in markdown
+    assert '| seed 5 |' not in markdown
+    assert 'Paired differences' not in page
+
+
 def test_into_a_document(out, tmp_path):
     _, markdown, _ = written(out)
     document = tmp_path / 'docs' / 'results.md'
