@@ -54,10 +54,10 @@ def main() -> int:
     out = Path(args.out) if args.out else Path(args.checkpoint).parent / 'deployed'
     try:
         report = reparameterize_checkpoint(
-            load_config(args), args.checkpoint, out, form=args.form, test=not args.skip_test,
-            onnx=args.onnx, safetensors=args.safetensors, save_unverified=args.save_unverified,
-            tta=args.tta, show_dir=args.show_dir, num_images=args.num_images,
-            latency_rounds=args.latency_rounds)
+            load_config(args, splits=['test']), args.checkpoint, out, form=args.form,
+            test=not args.skip_test, onnx=args.onnx, safetensors=args.safetensors,
+            save_unverified=args.save_unverified, tta=args.tta, show_dir=args.show_dir,
+            num_images=args.num_images, latency_rounds=args.latency_rounds)
     except (CheckpointError, ConfigError, DataRootError, NothingToConvertError, OnnxExportError,
             VerificationError, ImportError, FileNotFoundError, FileExistsError) as error:
         print(f'error: {error}', file=sys.stderr)

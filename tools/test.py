@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        cfg = load_config(args)
+        cfg = load_config(args, splits=['test'])
         if args.show or args.show_dir:
             show_predictions(cfg, args.show_dir, args.show, args.wait_time)
         if args.tta:

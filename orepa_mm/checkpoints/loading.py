@@ -107,7 +107,8 @@ def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -
             warnings.filterwarnings('ignore', message='.*copying from a non-meta parameter')
             result = twin.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f'{source} does not fit {type(module).__name__}. {error}') from error
+        raise CheckpointError(f'{source} does not fit {type(module).__name__}. {error}'
+                              + _of_other_classes(module, state)) from error
     # as MMEngine: older files have no such counter, and it starts at 0
     missing = [key for key in result.missing_keys if not key.endswith('num_batches_tracked')]
     if missing:
@@ -115,6 +116,17 @@ def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -
             f'{source} does not fit {type(module).__name__}: it has no {shortened(missing)}')
     _check_values(module, state, result.unexpected_keys, source)
     return list(result.unexpected_keys)
+
+
+def _of_other_classes(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """A hint, where layers differ in nothing but their number of outputs."""
+    own = module.state_dict()
+    pairs = [(value.shape, own[key].shape) for key, value in state.items()
+             if key in own and value.shape != own[key].shape]
+    if not pairs or any(len(a) < 1 or a[1:] != b[1:] for a, b in pairs):
+        return ''
+    return ('\nThe number of outputs differs, as it does with other classes: a model that was '
+            'trained on a folder of your own needs the same --data-root here')
 
 
 def _without_memory(module: nn.Module) -> nn.Module:

@@ -8,10 +8,11 @@ from pathlib import Path
 import mmcv
 import numpy as np
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_from_file
 
 from ..errors import DataRootError
-from .config_walk import dicts_with, type_name
+from .config_walk import dicts_with, spread, type_name
 
 #: Optional file of class names in the folder: one per line, in the order of the train ids.
 CLASSES_FILE = 'classes.txt'
@@ -32,7 +33,22 @@ def is_cityscapes(dataset: dict) -> bool:
             and isinstance(prefix, dict) and 'seg_map_path' in prefix)
 
 
-def apply_cityscapes(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, ...] | None:
+def cityscapes_paths(dataset: dict, root: Path) -> list[Path]:
+    """What a data set reads from a folder in Cityscapes layout.
+
+    Args:
+        dataset: Its dictionary in the config.
+        root: The folder.
+
+    Returns:
+        The folders of images and label files, and the list of images if the config names one.
+    """
+    return [root / path for path in (*dataset['data_prefix'].values(), dataset.get('ann_file'))
+            if path]
+
+
+def apply_cityscapes(cfg: Config, datasets: list[dict], root: Path,
+                     check: bool = True) -> tuple[str, ...] | None:
     """Point data sets at a folder in Cityscapes layout.
 
     The classes stay those of the config (the 19 of Cityscapes), unless the
@@ -43,6 +59,7 @@ def apply_cityscapes(cfg: Config, datasets: list[dict], root: Path) -> tuple[str
         cfg: The config; changed in place.
         datasets: Its data sets, from `find_datasets`.
         root: The folder.
+        check: Whether images and label files are looked at.
 
     Returns:
         The class names of `classes.txt`, or None without one.
@@ -61,7 +78,8 @@ def apply_cityscapes(cfg: Config, datasets: list[dict], root: Path) -> tuple[str
         dataset['data_root'] = str(root)
         if classes is not None:
             _set_classes(dataset, classes)
-        _check(dataset, root)
+        if check:
+            _check(dataset, root)
     return classes
 
 
@@ -138,10 +156,50 @@ def _check(dataset: dict, root: Path) -> None:
                             f'{len(missing)} of {len(samples)} images in all){_raw_ids(label)}')
     if not built.metainfo.get('classes'):
         raise DataRootError(f'{root / CLASSES_FILE} is missing, and the config names no classes')
-    # with a label map, the files hold the ids of the classes before it
-    num_classes = len(built.label_map or built.metainfo['classes'])
-    for i in sorted({round(i) for i in np.linspace(0, len(labels) - 1, _SAMPLE)}):
+    num_classes = num_label_values(built)
+    for i in spread(len(labels), _SAMPLE):
         _check_values(labels[i], num_classes, built.ignore_index)
+
+
+def num_label_values(dataset: BaseDataset) -> int:
+    """How many values may stand for a class in a label file, from 0.
+
+    Args:
+        dataset: A data set of mmseg, whose class names are known.
+    """
+    # with a label map, the files hold the ids of the classes before it
+    num_classes = len(dataset.label_map or dataset.metainfo['classes'])
+    return num_classes + bool(dataset.reduce_zero_label)  # then 0 is no class, but may be there
+
+
+def read_label_map(label: Path) -> np.ndarray:
+    """The values of a label file, as mmseg reads it.
+
+    Args:
+        label: The file.
+
+    Returns:
+        Values `(height, width)`; of a colour image, `(height, width, channels)`.
+
+    Raises:
+        OSError, SyntaxError: If it cannot be read.
+    """
+    # Pillow keeps the indices of an image with a palette
+    return mmcv.imread(label, flag='unchanged', backend='pillow').squeeze()
+
+
+def illegal_values(values: np.ndarray, num_classes: int, ignore_index: int) -> list[int]:
+    """Label values that stand for no class.
+
+    Args:
+        values: From `read_label_map`.
+        num_classes: From `num_label_values`.
+        ignore_index: The value of pixels that do not count.
+
+    Returns:
+        Each once, sorted.
+    """
+    return sorted(set(np.unique(values).tolist()) - {*range(num_classes), ignore_index})
 
 
 def _raw_ids(label: Path) -> str:
@@ -155,14 +213,13 @@ def _raw_ids(label: Path) -> str:
 
 def _check_values(label: Path, num_classes: int, ignore_index: int) -> None:
     try:
-        # as mmseg reads it: Pillow keeps the indices of an image with a palette
-        values = mmcv.imread(label, flag='unchanged', backend='pillow').squeeze()
+        values = read_label_map(label)
     except (OSError, SyntaxError) as error:
         raise DataRootError(f'{label} cannot be read: {error}') from error
     if values.ndim != 2:
         raise DataRootError(f'{label} is a colour image; a label file has one channel, with the '
                             "number of each pixel's class")
-    illegal = sorted(set(np.unique(values).tolist()) - {*range(num_classes), ignore_index})
+    illegal = illegal_values(values, num_classes, ignore_index)
     if illegal:
         raise DataRootError(
             f'{label} has the value {illegal[0]}: with {num_classes} classes the values are 0 to '

@@ -20,7 +20,23 @@ def is_coco(dataset: dict) -> bool:
     return bool(dataset.get('ann_file'))
 
 
-def apply_coco(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, ...]:
+def coco_paths(dataset: dict, root: Path) -> list[Path]:
+    """What a data set reads from a folder in COCO layout.
+
+    Args:
+        dataset: Its dictionary in the config.
+        root: The folder.
+
+    Returns:
+        The annotation file, then the folders of images.
+    """
+    prefixes = dict(dataset.get('data_prefix') or {})
+    return [root / dataset['ann_file'], *(root / folder for kind, folder in prefixes.items()
+                                          if kind in ('img', 'img_path'))]
+
+
+def apply_coco(cfg: Config, datasets: list[dict], root: Path,
+               check: bool = True) -> tuple[str, ...]:
     """Point data sets and evaluators at a folder in COCO layout.
 
     The names of the annotation files and image folders stay those of the config.
@@ -29,6 +45,7 @@ def apply_coco(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, ...]
         cfg: The config; changed in place.
         datasets: Its data sets, from `find_datasets`.
         root: The folder.
+        check: Whether a missing folder of images is an error.
 
     Returns:
         The class names, which are those of the annotation files.
@@ -40,16 +57,16 @@ def apply_coco(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, ...]
     old_roots = {str(dataset.get('data_root') or '') for dataset in datasets}
     classes, source = None, None
     for dataset in datasets:
-        annotation = root / dataset['ann_file']
+        annotation, *folders = coco_paths(dataset, root)
         names = _class_names(annotation, root)
         if classes is None:
             classes, source = names, annotation
         elif names != classes:
             raise DataRootError(f'the categories of {annotation} are {names}, but those of '
                                 f'{source} are {classes}: make them the same, in the same order')
-        for kind, folder in dict(dataset.get('data_prefix') or {}).items():
-            if kind in ('img', 'img_path') and not (root / folder).is_dir():
-                raise DataRootError(f'{root / folder} is missing: the config reads images of '
+        for folder in folders:
+            if check and not folder.is_dir():
+                raise DataRootError(f'{folder} is missing: the config reads images of '
                                     f'{annotation.name} from there')
         dataset['data_root'] = str(root)
         # replaces metainfo as a whole: a palette of other classes must not stay

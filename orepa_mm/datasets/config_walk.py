@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from mmengine.config import Config
 
+#: What data are for; `<split>_dataloader` of a config reads them.
+SPLITS = ('train', 'val', 'test')
 #: Heads under these names count something else than the data set's classes.
 _OTHER_HEADS = ('rpn_head', 'semantic_head')
 
 
-def find_datasets(cfg: Config) -> list[dict]:
+def find_datasets(cfg: Config, splits: Sequence[str] = SPLITS) -> list[dict]:
     """The data sets for training, validation and testing, without their wrappers.
 
     Args:
         cfg: Any config.
+        splits: Only those for these, of `SPLITS`.
 
     Returns:
         Their dictionaries in this order; what is changed in them changes the config.
     """
-    return [dataset for name in ('train', 'val', 'test')
+    return [dataset for name in splits
             for dataset in _unwrap((cfg.get(f'{name}_dataloader') or {}).get('dataset'))]
 
 
@@ -71,6 +75,21 @@ def set_num_classes(value: object, num_classes: int) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             set_num_classes(item, num_classes)
+
+
+def spread(total: int, number: int | None) -> list[int]:
+    """Indices of a sample, spread evenly.
+
+    Args:
+        total: How many there are to choose from.
+        number: How many to take at most; None: all.
+
+    Returns:
+        Different indices in their order; the last is among them if two are.
+    """
+    if number is None or number >= total:
+        return list(range(total))
+    return sorted({round(i) for i in np.linspace(0, total - 1, number)})
 
 
 def _unwrap(dataset: object) -> Iterator[dict]:

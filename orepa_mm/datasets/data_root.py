@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 
 from ..errors import DataRootError
-from .cityscapes_layout import apply_cityscapes, is_cityscapes
-from .coco_layout import apply_coco, is_coco
-from .config_walk import find_datasets, set_num_classes, type_name
-from .imagenet_layout import apply_imagenet, is_imagenet
+from .cityscapes_layout import apply_cityscapes, cityscapes_paths, is_cityscapes
+from .coco_layout import apply_coco, coco_paths, is_coco
+from .config_walk import SPLITS, find_datasets, set_num_classes, type_name
+from .imagenet_layout import apply_imagenet, imagenet_paths, is_imagenet
 
-#: (whether a data set has this layout, what points a config at a folder of it).
+#: (whether a data set has this layout, what it reads, what points a config at a folder of it).
 #: COCO comes last: what it looks for, an annotation file, others may have as well.
-_LAYOUTS = ((is_cityscapes, apply_cityscapes), (is_imagenet, apply_imagenet),
-            (is_coco, apply_coco))
+_LAYOUTS = ((is_cityscapes, cityscapes_paths, apply_cityscapes),
+            (is_imagenet, imagenet_paths, apply_imagenet),
+            (is_coco, coco_paths, apply_coco))
 
 
-def apply_data_root(cfg: Config, root: str | Path) -> Config:
+def apply_data_root(cfg: Config, root: str | Path, splits: Sequence[str] = SPLITS,
+                    check: bool = True) -> Config:
     """Train and test on another folder, laid out as the config's data sets are.
 
     What the data sets are decides between the layouts of COCO (detection and
@@ -29,6 +32,11 @@ def apply_data_root(cfg: Config, root: str | Path) -> Config:
     Args:
         cfg: The config; changed in place.
         root: The folder.
+        splits: What the folder must hold, of `train`, `val` and `test`. The
+            data sets for others are left without checks, and without class
+            names, where the folder lacks their files.
+        check: Whether images and labels are looked at; without, the config is
+            pointed at what is there.
 
     Returns:
         The same config.
@@ -42,9 +50,14 @@ def apply_data_root(cfg: Config, root: str | Path) -> Config:
     if not root.is_dir():
         raise DataRootError(f'--data-root {root} is no folder')
     datasets = find_datasets(cfg)
-    for matches, apply in _LAYOUTS:
+    needed = {id(dataset) for dataset in find_datasets(cfg, splits)}
+    for matches, paths, apply in _LAYOUTS:
         if datasets and all(map(matches, datasets)):
-            classes = apply(cfg, datasets, root)
+            found = [dataset for dataset in datasets if id(dataset) in needed
+                     or all(path.exists() for path in paths(dataset, root))]
+            classes = apply(cfg, found, root, check) if found else None
+            for dataset in datasets:
+                dataset['data_root'] = str(root)  # also where files are missing: no other set's
             break
     else:
         found = ', '.join(sorted({type_name(dataset) for dataset in datasets})) or 'none'

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
 
 from ..errors import DataRootError
-from .config_walk import dicts_with, type_name
+from .config_walk import dicts_with, find_datasets, type_name
 
 
 def is_imagenet(dataset: dict) -> bool:
@@ -20,7 +20,24 @@ def is_imagenet(dataset: dict) -> bool:
     return type_name(dataset) in ('ImageNet', 'CustomDataset')
 
 
-def apply_imagenet(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, ...]:
+def imagenet_paths(dataset: dict, root: Path) -> list[Path]:
+    """What a data set reads from a folder in ImageNet layout.
+
+    Args:
+        dataset: Its dictionary in the config.
+        root: The folder.
+
+    Returns:
+        One path: the folder that the class folders are in.
+
+    Raises:
+        DataRootError: If the config does not name it.
+    """
+    return [root / _folder_name(dataset)]
+
+
+def apply_imagenet(cfg: Config, datasets: list[dict], root: Path,
+                   check: bool = True) -> tuple[str, ...]:
     """Point data sets at a folder in ImageNet layout.
 
     The folders stay those that the config names by `split` or `data_prefix`.
@@ -31,10 +48,11 @@ def apply_imagenet(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, 
         cfg: The config; changed in place.
         datasets: Its data sets, from `find_datasets`.
         root: The folder.
+        check: Whether classes without images are an error.
 
     Returns:
         The class names: the sorted names of the folders in the first data
-        set's folder, which is `train/`.
+        set's folder, which is `train/` where there are images to train on.
 
     Raises:
         DataRootError: If a folder is missing, holds fewer than two class
@@ -42,8 +60,10 @@ def apply_imagenet(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, 
             class has no images to train on.
     """
     classes, source = None, None
+    for_training = {id(dataset) for dataset in find_datasets(cfg, ['train'])}
     for dataset in datasets:
-        folder = root / _use_class_folders(dataset, root)
+        folder = root / _folder_name(dataset)
+        _use_class_folders(dataset, root)
         names = _class_folders(folder, root)
         if classes is None:
             classes, source = names, folder
@@ -54,8 +74,9 @@ def apply_imagenet(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, 
                 f'{sorted(set(classes) - set(names)) or "none"}, additional are '
                 f'{sorted(set(names) - set(classes)) or "none"}')
         dataset['metainfo'] = {'classes': classes}
-        empty = _classes_without_images(dataset, folder, classes)
-        if (folder == source and empty) or len(empty) == len(classes):
+        empty = _classes_without_images(dataset, folder, classes) if check else []
+        needs_all = folder == source and id(dataset) in for_training
+        if (needs_all and empty) or len(empty) == len(classes):
             raise DataRootError(f'{folder} has no images of {", ".join(empty)}: they are looked '
                                 f'for in {folder / empty[0]} and so on')
     for part in (cfg.model, cfg.get('val_evaluator'), cfg.get('test_evaluator')):
@@ -63,21 +84,25 @@ def apply_imagenet(cfg: Config, datasets: list[dict], root: Path) -> tuple[str, 
     return classes
 
 
-def _use_class_folders(dataset: dict, root: Path) -> str:
-    """Let the data set read class folders; returns the name of the folder they are in."""
+def _folder_name(dataset: dict) -> str:
     prefix = dataset.get('data_prefix') or ''
     folder = prefix.get('img_path') if isinstance(prefix, dict) else prefix
     folder = folder or dataset.get('split')
     if not folder:
         raise DataRootError('a data set of the config has neither split nor data_prefix: set one '
                             'to the name of its folder, train or val')
+    return folder
+
+
+def _use_class_folders(dataset: dict, root: Path) -> None:
+    """Let the data set read class folders."""
+    folder = _folder_name(dataset)
     # ImageNet stands for its thousand classes; with a split, it would read lists in meta/
     dataset['type'] = 'mmpretrain.CustomDataset'
     dataset['data_root'] = str(root)
     dataset['data_prefix'] = folder
     for key in ('split', 'ann_file'):
         dataset.pop(key, None)
-    return folder
 
 
 def _class_folders(folder: Path, root: Path) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import argparse
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoints import load_weights
 from ..checkpoints.expansion import without_wrappers
-from ..datasets import apply_data_root
+from ..datasets import SPLITS, apply_data_root, require_usable_data
 from ..errors import ConfigError
 from .built_layers import log_built_layers
 from .checkpoint_hook import use_whole_checkpoints
@@ -61,11 +61,14 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(args: argparse.Namespace) -> Config:
+def load_config(args: argparse.Namespace, splits: Sequence[str] = SPLITS,
+                check: bool = True) -> Config:
     """Read the config that the arguments name, with everything they override.
 
     Args:
         args: Parsed arguments of `add_config_arguments`.
+        splits: The data that will be read, of `train`, `val` and `test`.
+        check: Whether data that make results wrong are refused.
 
     Returns:
         The config, its work folder set and its custom modules imported. Where it
@@ -73,7 +76,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: If there is no such config file.
-        DataRootError: See `apply_data_root`.
+        DataRootError: See `apply_data_root` and `require_usable_data`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(find_config(args.config))
@@ -82,12 +85,14 @@ def load_config(args: argparse.Namespace) -> Config:
     options = args.cfg_options or {}
     cfg.merge_from_dict(options)
     if args.data_root is not None:
-        apply_data_root(cfg, args.data_root)
+        apply_data_root(cfg, args.data_root, splits, check)
         cfg.merge_from_dict(options)  # what is asked for explicitly wins
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if check:
+        require_usable_data(cfg, splits)
     if cfg.get('custom_imports'):
         import_modules_from_strings(**cfg.custom_imports)
     init_default_scope(cfg.get('default_scope', 'mmengine'))

@@ -51,6 +51,52 @@ def test_in_whichever_scope_another_config_left(tmp_path, name):
             apply_data_root(get_config(name), root)
 
 
+#: Of each layout: what training reads.
+TRAINING = {'mmdet': ('annotations/instances_train2017.json', 'train2017'),
+            'mmseg': ('leftImg8bit/train', 'gtFine/train'), 'mmpretrain': ('train',)}
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize('which', [slice(None), slice(1), slice(1, None)])
+def test_a_folder_to_test_on_only(tmp_path, name, which):
+    """All that training reads is missing, or a part; else the config is the same."""
+    root = LAYOUTS[name][0](tmp_path / 'data', 12, 12, 64)
+    whole = apply_data_root(get_config(name), root)
+    for path in TRAINING[name.partition(':')[0]][which] or TRAINING['mmpretrain']:
+        (root / path).rename(tmp_path / path.replace('/', '-'))
+        with pytest.raises(DataRootError, match=r'is missing'):
+            apply_data_root(get_config(name), root)
+    cfg = apply_data_root(get_config(name), root, ['test'])
+    assert cfg.test_dataloader == whole.test_dataloader
+    assert cfg.val_dataloader == whole.val_dataloader
+    assert cfg.test_evaluator == whole.test_evaluator
+    assert cfg.model == whole.model
+    assert cfg.train_dataloader.dataset.data_root == str(root)
+
+
+def test_what_is_to_be_tested_on_must_be_there(tmp_path):
+    name = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+    root = make_shapes_coco(tmp_path, 2, 2, 64)
+    (root / 'annotations' / 'instances_val2017.json').unlink()
+    with pytest.raises(DataRootError, match=r'instances_val2017\.json is missing'):
+        apply_data_root(get_config(name), root, ['test'])
+    apply_data_root(get_config(name), root, ['train'])
+
+
+def test_without_a_look_at_the_data(tmp_path):
+    """For the check, which names all that is wrong."""
+    roots = {name: make(tmp_path / name.partition(':')[0], 12, 12, 64)
+             for name, (make, _) in LAYOUTS.items()}
+    coco, streets, classes = roots.values()
+    (coco / 'train2017').rename(coco / 'images')
+    next((streets / 'gtFine' / 'train').rglob('*.png')).unlink()
+    next((classes / 'train' / 'star_plain').iterdir()).unlink()
+    for name, root in roots.items():
+        apply_data_root(get_config(name), root, check=False)
+        with pytest.raises(DataRootError):
+            apply_data_root(get_config(name), root)
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(DataRootError, match='nothing is no folder'):
         apply_data_root(Config(), tmp_path / 'nothing')

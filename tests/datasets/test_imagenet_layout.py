@@ -133,6 +133,13 @@ def test_classes_without_images(cfg, data):
         apply_data_root(cfg, data)
 
 
+def test_a_folder_to_test_on_only_may_lack_images_of_a_class(cfg, data):
+    (data / 'val' / 'star_plain' / 'star_plain_000001.png').unlink()
+    shutil.rmtree(data / 'train')
+    apply_data_root(cfg, data, ['test'])
+    assert cfg.test_dataloader.dataset.metainfo.classes == OBJECT_CLASSES
+
+
 def test_no_images_to_validate(cfg, data):
     for path in (data / 'val').glob('*/*.png'):
         path.unlink()

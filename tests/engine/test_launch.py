@@ -1,6 +1,7 @@
 """From arguments to a config and a runner."""
 
 import argparse
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import ROOT, run_each
 from mmengine.config import Config
 from toy_run import toy_config
 
+from orepa_mm.checkpoints import load_weights
 from orepa_mm.datasets import make_shapes_coco
 from orepa_mm.engine import (
     add_config_arguments,
@@ -17,6 +19,7 @@ from orepa_mm.engine import (
     find_config,
     load_config,
 )
+from orepa_mm.errors import CheckpointError, DataRootError
 
 FOLDER = ROOT / 'configs' / 'faster_rcnn'
 LIGHT = FOLDER / 'faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
@@ -46,6 +49,49 @@ def test_data_root_with_other_file_names(tmp_path):
                             'train_dataloader.dataset.ann_file=mine.json'))
     assert cfg.train_dataloader.dataset.ann_file == 'mine.json'
     assert cfg.model.roi_head.bbox_head.num_classes == 3
+
+
+def test_annotations_that_make_results_wrong_are_refused(tmp_path):
+    """One NaN box among those to test on raises AP without a word."""
+    make_shapes_coco(tmp_path, 1, 1, 64)
+    arguments = parse(LIGHT, '--data-root', tmp_path)
+    path = tmp_path / 'annotations' / 'instances_val2017.json'
+    content = json.loads(path.read_text())
+    content['annotations'][0]['bbox'][2] = float('nan')
+    path.write_text(json.dumps(content))
+    for splits in (['test'], ['val'], ['train', 'val', 'test']):
+        with pytest.raises(DataRootError, match='NaN or infinite'):
+            load_config(arguments, splits)
+    load_config(arguments, ['train'])
+    load_config(arguments, check=False)
+
+
+@pytest.mark.parametrize(('saved', 'built', 'hint'), [
+    ((3, 2), (4, 2), True), ((3, 2), (3, 4), False), ((3, 2), (4, 4), False)])
+def test_weights_for_other_classes_say_which_option_was_forgotten(tmp_path, saved, built, hint):
+    torch.save(torch.nn.Conv2d(*saved[::-1], 1).state_dict(), tmp_path / 'model.pth')
+    with pytest.raises(CheckpointError, match='size mismatch') as error:
+        load_weights(torch.nn.Conv2d(*built[::-1], 1), tmp_path / 'model.pth')
+    assert ('--data-root' in str(error.value)) == hint
+
+
+@pytest.mark.parametrize('tool', ['test', 'reparam'])
+def test_tools_that_read_no_training_data(tmp_path, tool):
+    """They get as far as the checkpoint, which is not there; NaN boxes end them before."""
+    make_shapes_coco(tmp_path, 1, 1, 64)
+    (tmp_path / 'annotations' / 'instances_train2017.json').unlink()
+    path = tmp_path / 'annotations' / 'instances_val2017.json'
+    content = json.loads(path.read_text())
+    content['annotations'][0]['bbox'][2] = float('nan')
+    (tmp_path / 'nan.json').write_text(json.dumps(content))
+    command = [f'tools/{tool}.py', LIGHT, tmp_path / 'no.pth', '--data-root', tmp_path,
+               '--work-dir', tmp_path / 'run']
+    good, bad = run_each(command, [*command, '--cfg-options',
+                                   f'test_evaluator.ann_file={tmp_path / "nan.json"}'])
+    assert good[0] == bad[0] == 1
+    assert 'no.pth' in good[1]
+    assert 'nan.json: box is NaN or infinite' in bad[1]
+    assert 'Traceback' not in good[1] + bad[1]
 
 
 @pytest.mark.parametrize('name', ['--local_rank', '--local-rank'])
