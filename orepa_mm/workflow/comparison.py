@@ -258,7 +258,7 @@ class _Progress:
     def __init__(self, runs: Sequence[Run], parallel: int, say: Callable[[str], None]) -> None:
         self.todo = [run for run in runs if run.result is None]
         self.stopped = threading.Event()
-        self._parallel, self._say = parallel, say
+        self._parallel, self._say, self._turn = parallel, say, threading.Lock()
         self._finished = {run: run.result['seconds'] for run in runs if run not in self.todo}
         #: Of the runs that run: when they started, and how much of them was done before.
         self._started: dict[Run, tuple[float, float]] = {}
@@ -289,7 +289,8 @@ class _Progress:
         left = self._seconds_left()
         end = time.strftime('%a %H:%M', time.localtime(time.time() + left))
         when = f'; all will be done at about {end}' if left else ''
-        self._say(f'[{self.todo.index(run) + 1}/{len(self.todo)}] {run.name}: {what}{when}')
+        with self._turn:  # runs that are parallel speak one after the other
+            self._say(f'[{self.todo.index(run) + 1}/{len(self.todo)}] {run.name}: {what}{when}')
 
     def _seconds_left(self) -> float:
         """Estimated from finished runs, of the same variant where there are any."""
