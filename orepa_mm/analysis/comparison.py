@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmengine.config import Config
@@ -165,8 +165,8 @@ def compare(outcomes: Sequence[Outcome], metric: str, reference: str | None = No
     comparison = Comparison(metric, reference, percent, tuple(outcomes), spreads, (), ())
     pairs = tuple(_pair(spread, base, comparison, smaller_is_better) for spread in spreads
                   if spread is not base)
-    return Comparison(metric, reference, percent, tuple(outcomes), spreads, pairs,
-                      tuple(_notes(comparison, pairs, smaller_is_better)))
+    return replace(comparison, pairs=pairs,
+                   notes=tuple(_notes(comparison, pairs, smaller_is_better)))
 
 
 def form_differences(outcome: Outcome, metric: str) -> list[str]:
@@ -277,8 +277,7 @@ def _pair(spread: Spread, base: Spread, comparison: Comparison, smaller: bool) -
                          [base.values[seed] for seed in seeds])
         interval = tuple(map(float, test.confidence_interval(CONFIDENCE)))
     pair = Pair(spread.variant, base.variant, differences, _mean(numbers), interval, '')
-    return Pair(spread.variant, base.variant, differences, pair.mean, interval,
-                _sentence(pair, comparison, smaller))
+    return replace(pair, sentence=_sentence(pair, comparison, smaller))
 
 
 def _sentence(pair: Pair, comparison: Comparison, smaller: bool) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from ..files import written_whole
-from .documents import fill_between
+from .documents import fill_between, markdown_table
 from .measure import paired_ratio
 
 #: Between these two lines of a Markdown file `fill_markdown` writes.
@@ -151,8 +151,7 @@ def markdown(measurement: Measurement) -> str:
         measurement: What was measured.
     """
     headings, lines = table_cells(measurement)
-    marks = ['---' if heading in ('', 'note') else '---:' for heading in headings]
-    table = '\n'.join(f'| {" | ".join(cells)} |' for cells in (headings, marks, *lines))
+    table = markdown_table(headings, lines, left=('', 'note'))
     return (f'### {measurement.title}\n\n{table}\n\n{measurement.explanation}\n\n'
             f'{conditions_text(measurement.conditions)}\n')
 

@@ -1,8 +1,11 @@
-"""Documents into which measured tables are written."""
+"""What documents are made of: Markdown tables, JSON without NaN, places for tables."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from ..files import written_whole
@@ -34,3 +37,30 @@ def fill_between(document: str | Path, begin: str, end: str, text: str) -> Path:
     with written_whole(document) as path:
         path.write_text(f'{before}{found}\n{text}\n{found_end}{after}', encoding='utf-8')
     return document
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]],
+                   left: Collection[str] = ('',)) -> str:
+    """A table for GitHub.
+
+    Args:
+        headings: Of the columns.
+        rows: Cells of each row, as text.
+        left: Headings of the columns that are aligned to the left; others to the right.
+    """
+    marks = ['---' if heading in left else '---:' for heading in headings]
+    return '\n'.join(f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |'
+                     for cells in (headings, marks, *rows))
+
+
+def without_nan(value: Any) -> Any:
+    """Plain types for JSON, which has no NaN and no infinity: they become None.
+
+    Args:
+        value: Numbers and text, in lists and dictionaries.
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import load_weights
 from ..layers import branched_layers, mean_similarity, relative_norms, shares, similarities
+from .documents import markdown_table, without_nan
 from .networks import require_training_form
 
 #: With the scaling vectors or without them, by the field of `LayerBranches`.
@@ -86,7 +87,7 @@ class LayerBranches:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types only, for a file; None for what is not defined."""
-        return _finite(asdict(self))
+        return without_nan(asdict(self))
 
 
 def measure_branches(model: nn.Module) -> list[LayerBranches]:
@@ -178,10 +179,7 @@ def branch_markdown(layers: Sequence[LayerBranches], title: str) -> str:
     parts = [f'### {title}']
     for form, text in FORMS.items():
         headings, lines = branch_cells(layers, form)
-        marks = ['---', *['---:'] * (len(headings) - 1)]
-        parts += [f'{text.capitalize()}:', '\n'.join(
-            f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |'
-            for cells in (headings, marks, *lines))]
+        parts += [f'{text.capitalize()}:', markdown_table(headings, lines, left=('layer',))]
     return '\n\n'.join([*parts, EXPLANATION]) + '\n'
 
 
@@ -194,12 +192,3 @@ def _text(value: float | None) -> str:
     if value is None:
         return ''
     return f'{value:.3f}' if math.isfinite(value) else '-'
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,18 +7,18 @@ import math
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from ..layers import branched_layers, mean_similarity, shares, similarities
+from .interval_hook import IntervalHook
 from .launch import bare_model
 
 
 @HOOKS.register_module()
-class BranchSimilarityHook(Hook):
+class BranchSimilarityHook(IntervalHook):
     """Log how alike the branches are and what each adds, through the run's visualizer.
 
     `branch_similarity`: the absolute cosine similarity of the scaled kernels of
@@ -42,10 +42,7 @@ class BranchSimilarityHook(Hook):
     """
 
     def __init__(self, interval: int = 500) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError('BranchSimilarityHook: interval must be a positive integer, got '
-                             f'{interval!r}')
-        self.interval = interval
+        super().__init__(interval)
 
     def before_train(self, runner: Runner) -> None:
         """Warn if there is nothing to measure.
@@ -68,7 +65,7 @@ class BranchSimilarityHook(Hook):
             data_batch: Not used.
             outputs: Not used.
         """
-        if (runner.iter + 1) % self.interval == 0 and is_main_process():
+        if self.measures(runner) and is_main_process():
             scalars = _measured(bare_model(runner))
             if scalars:
                 runner.visualizer.add_scalars(scalars, step=runner.iter + 1)

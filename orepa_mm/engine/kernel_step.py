@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..layers import ReparamConv2d
+from .interval_hook import IntervalHook
 from .launch import bare_model
 
 
 @HOOKS.register_module()
-class KernelStepHook(Hook):
+class KernelStepHook(IntervalHook):
     """Log the relative step of the kernels, `kernel_step`: norm of the change over the norm.
 
     The mean over all convolutions of the norm of what one iteration changes in
@@ -40,10 +40,7 @@ class KernelStepHook(Hook):
     """
 
     def __init__(self, interval: int = 50) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError('KernelStepHook: interval must be a positive integer, got '
-                             f'{interval!r}')
-        self.interval = interval
+        super().__init__(interval)
         self._before: list[Tensor] = []
 
     def before_train_iter(self, runner: Runner, batch_idx: int,
@@ -55,8 +52,7 @@ class KernelStepHook(Hook):
             batch_idx: Not used.
             data_batch: Not used.
         """
-        # not the first: a warm-up begins with a learning rate of almost nothing
-        if (runner.iter + 1) % self.interval == 0:
+        if self.measures(runner):
             self._before = _kernels(bare_model(runner))
 
     def after_train_iter(self, runner: Runner, batch_idx: int,

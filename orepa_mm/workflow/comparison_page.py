@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..analysis.comparison import Comparison
+from ..analysis.documents import markdown_table
 from .page import html_page, html_picture, html_table
 
 #: Headings and lines of a table, as text.
@@ -26,7 +27,7 @@ def as_markdown(comparison: Comparison, parts: Mapping[str, Any]) -> str:
     blocks = [f'### {parts["title"]}', _markdown_list(_sentences(comparison))]
     if parts['lacking']:
         blocks += ['Missing here:', _markdown_list(parts['lacking'])]
-    blocks += [_markdown_table(table) for table in _tables(comparison).values()]
+    blocks += [markdown_table(*table) for table in _tables(comparison).values()]
     blocks += [_markdown_list([*parts['notes'], *_machine_lines(parts)]), METHOD_MARK,
                _markdown_list(parts['method'])]
     return '\n\n'.join(blocks) + '\n'
@@ -128,13 +129,6 @@ def _machine_lines(parts: Mapping[str, Any]) -> list[str]:
              f'{machine["threads"]}, torch {machine["torch"]}.' for machine in parts['machines']]
     versions = ', '.join(f'{name} {version}' for name, version in parts['versions'].items())
     return [*lines, f'This report was made with {versions}.']
-
-
-def _markdown_table(table: Table) -> str:
-    headings, rows = table
-    marks = ['---', *['---:'] * (len(headings) - 1)]
-    return '\n'.join(f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |'
-                     for cells in (headings, marks, *rows))
 
 
 def _markdown_list(lines: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..analysis.comparison import (
 )
 from ..analysis.comparison_figure import draw_metric, draw_training
 from ..analysis.conditions import conditions
-from ..analysis.documents import fill_between
+from ..analysis.documents import fill_between, without_nan
 from ..analysis.similarity import measure_checkpoint
 from ..analysis.similarity_figure import draw_shares, draw_similarities
 from ..errors import ConfigError, shortened
@@ -203,13 +203,14 @@ def _outcome(run: Run, result: dict[str, Any], metric: str) -> Outcome:
                    result['parameters'])
 
 
-def _branches(finished: Iterable[Run]) -> dict[str, Figure]:
+def _branches(finished: Mapping[Run, dict[str, Any]]) -> dict[str, Figure]:
     """What the branches of every variant do, by the title of the figure: of its first seed."""
     figures = {}
     for run in {run.variant: run for run in reversed(list(finished))}.values():
-        checkpoint = run.folder / run.result['checkpoint']
+        result = finished[run]
+        checkpoint = run.folder / result['checkpoint']
         # a network of one form has no branches; a checkpoint may have been tidied away
-        if 'training' not in run.result['metrics'] or not checkpoint.is_file():
+        if 'training' not in result['metrics'] or not checkpoint.is_file():
             continue
         cfg = Config.fromfile(run.folder / CONFIG)
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
@@ -259,13 +260,4 @@ def _json(comparison: Comparison, finished: Mapping[Run, dict[str, Any]],
                  for run, result in finished.items()],
         'variants': [asdict(spread) for spread in comparison.spreads],
         'pairs': [asdict(pair) for pair in comparison.pairs]}
-    return json.dumps(_without_nan(content), indent=1, allow_nan=False)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: it becomes null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(without_nan(content), indent=1, allow_nan=False)

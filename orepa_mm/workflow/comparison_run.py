@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import math
-import platform
 import shutil
 import statistics
 import sys
@@ -34,6 +33,7 @@ from ..files import written_whole
 from ..reparam import is_training_form
 from .curves import read_scalars
 from .deploy import reparameterize_checkpoint
+from .evidence import machine_of
 from .summary import FORMS
 
 try:
@@ -105,8 +105,7 @@ def _trained_and_tested(folder: Path) -> dict[str, Any]:
         'kernel_step': statistics.fmean(scalars.get('kernel_step', _UNKNOWN).values()),
         'seconds': time.time() - start,  # of the last process
         'checkpoint': str(Path(checkpoint).relative_to(folder)),
-        'machine': {'torch': torch.__version__, 'threads': torch.get_num_threads(),
-                    'processor': platform.machine(), 'device': _device_name()},
+        'machine': machine_of(bare_model(runner)),
     }
 
 
@@ -142,10 +141,6 @@ def _peak_bytes() -> int | None:
         return None
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +41,13 @@ from ..files import folder_written_whole
 from ..layers.precision import exact_float32
 from ..reparam import is_training_form, reparameterize
 from ..reparam.verify import verify
-from .evidence import built_model, checkpoint_meta, first_images, largest_differences
+from .evidence import (
+    built_model,
+    checkpoint_meta,
+    first_images,
+    largest_differences,
+    machine_of,
+)
 from .summary import FORMS
 
 #: All files that a re-parameterization may write.
@@ -176,8 +181,7 @@ class _Deployment:
             'problems': [] if verification.passed else [verification.explain()],
             'warnings': [], 'notes': [],
             'parameters': dict(zip(FORMS, map(count_parameters, (self.before, self.after)))),
-            'machine': {'torch': torch.__version__, 'threads': torch.get_num_threads(),
-                        'device': _device_name(self.before), 'processor': platform.machine()},
+            'machine': machine_of(self.before),
             'file_bytes': {'training': self.checkpoint.stat().st_size,
                            'deployed': (self.folder / 'model.pth').stat().st_size},
             'dropped_bytes': _dropped(self.checkpoint),
@@ -304,8 +308,3 @@ def _costs(before: nn.Module, after: nn.Module, batch: dict, rounds: int) -> dic
                                    'squeezing': lambda: squeeze_and_predict(before)}, rounds)
     return {'multiply_adds': multiply_adds, 'latency_ms': latency,
             'input_shape': list(batch['inputs'].shape)}
-
-
-def _device_name(model: nn.Module) -> str:
-    device = next(model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type

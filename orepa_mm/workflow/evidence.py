@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -67,6 +68,18 @@ def largest_differences(verification: VerificationReport) -> dict[str, float]:
     if verification.rounding:
         largest['rounding'] = max(error.error for error in verification.rounding)
     return largest
+
+
+def machine_of(model: nn.Module) -> dict[str, Any]:
+    """What ran a model; plain types, for a file.
+
+    Args:
+        model: Where it lies is what is named.
+    """
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    return {'torch': torch.__version__, 'threads': torch.get_num_threads(), 'device': name,
+            'processor': platform.machine()}
 
 
 def checkpoint_meta(model: nn.Module, checkpoint: Path, report: Mapping[str, Any], dataset: Any
