@@ -116,7 +116,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run_forms(args: argparse.Namespace) -> int:
-    cfg = load_config(args)
+    cfg = load_config(args, splits=())
     with progress_bars() as progress:
         benchmark = benchmark_config(cfg, args.checkpoint, tuple(args.shape), args.rounds,
                                      args.warmup, progress)
@@ -141,13 +141,14 @@ def run_networks(args: argparse.Namespace, measure: Callable) -> int:
 def run_config_step(args: argparse.Namespace) -> int:
     settings = Settings(tuple(args.shape), rounds=args.rounds, warmup=args.warmup)
     with progress_bars() as progress:
-        measurement = training_cost.measure_config_step(load_config(args), settings, progress)
+        measurement = training_cost.measure_config_step(load_config(args, splits=()), settings,
+                                                        progress)
     return finish(measurement, args)
 
 
 def run_config(args: argparse.Namespace, measure: Callable) -> int:
     with progress_bars() as progress:
-        measurement = measure(load_config(args), args.rounds, args.warmup, progress)
+        measurement = measure(load_config(args, splits=()), args.rounds, args.warmup, progress)
     return finish(measurement, args)
 
 

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     try:
-        layers = measure_checkpoint(load_config(args), args.checkpoint)
+        layers = measure_checkpoint(load_config(args, splits=()), args.checkpoint)
         print_branches(layers)
         if args.out:
             title = f'{Path(args.config).stem}: {Path(args.checkpoint).name}'

@@ -41,7 +41,7 @@ def main() -> int:
     args = parse_args()
     try:
         args.config, checkpoint, images = split_model_arguments(args.words)
-        model = load_model(load_config(args), checkpoint, args.device)
+        model = load_model(load_config(args, splits=()), checkpoint, args.device)
         done = predict(model, images, args.out, batch_size=args.batch_size,
                        score_thr=args.score_thr, top_k=args.top_k, draw=not args.no_draw)
     except (CheckpointError, ConfigError, DataRootError, ImportError, OSError) as error:

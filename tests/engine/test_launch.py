@@ -94,6 +94,25 @@ def test_tools_that_read_no_training_data(tmp_path, tool):
     assert 'Traceback' not in good[1] + bad[1]
 
 
+def test_tools_that_read_no_data_of_the_config(tmp_path):
+    """They take the classes of what is there, and need no other files."""
+    make_shapes_coco(tmp_path, 1, 1, 64)
+    (tmp_path / 'annotations' / 'instances_train2017.json').unlink()
+    args = parse(LIGHT, '--data-root', tmp_path)
+    cfg = load_config(args, splits=())
+    assert cfg.model.roi_head.bbox_head.num_classes == 3
+    with pytest.raises(DataRootError, match=r'instances_train2017\.json is missing'):
+        load_config(args)
+    data = ['--data-root', tmp_path]
+    for code, output in run_each(
+            ['tools/predict.py', LIGHT, tmp_path / 'no.pth', tmp_path, '--out', tmp_path / 'out',
+             *data],
+            ['tools/branch_similarity.py', LIGHT, tmp_path / 'no.pth', *data]):
+        assert code == 1
+        assert 'no.pth' in output
+        assert 'is missing' not in output
+
+
 @pytest.mark.parametrize('name', ['--local_rank', '--local-rank'])
 def test_both_spellings_of_the_rank(name):
     assert parse(LIGHT, f'{name}=1').local_rank == 1
