@@ -129,13 +129,19 @@ def _stacks() -> Iterator[Finding]:
         problem = import_problem(module)
         remedy = f'run `make setup`, or `{_INSTALL[module]}`' if problem else ''
         if module == 'mmcv' and version_of('mmcv-lite'):
-            version, remedy = version_of('mmcv-lite'), ('mmcv-lite has no operators: uninstall '
-                                                        'it and install mmcv')
+            version = f'{version_of("mmcv-lite")}, lite'
+            if version_of('mmcv'):
+                remedy = 'mmcv and mmcv-lite share their files: uninstall both, run `make setup`'
+            elif _torchvision_operators() is None:
+                remedy = 'mmcv-lite has no operators: uninstall it and install mmcv'
         yield Finding(module, version if version and not problem else problem, remedy)
 
 
 def _mmcv_operators() -> Finding:
     problem = import_problem('mmcv.ops')
+    if not problem and (operators := _torchvision_operators()):
+        return Finding('mmcv operators', f'of torchvision: {", ".join(operators)}; all others are '
+                       'missing (make setup MMCV=full compiles them)')
     if not problem:
         return Finding('mmcv operators', 'compiled and loading')
     if 'mmcv._ext' in problem and 'No module' in problem:
@@ -143,6 +149,13 @@ def _mmcv_operators() -> Finding:
     if 'undefined symbol' in problem or 'libtorch' in problem or 'libc10' in problem:
         return Finding('mmcv operators', f'mmcv was built for another torch ({problem})', _REBUILD)
     return Finding('mmcv operators', problem, _REBUILD)
+
+
+def _torchvision_operators() -> tuple[str, ...] | None:
+    """Names of the operators that requirements/mmcv_ext.py gives; None if it is not there."""
+    if import_problem('mmcv._ext'):
+        return None
+    return getattr(sys.modules['mmcv._ext'], 'OPERATORS', None)
 
 
 def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:

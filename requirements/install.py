@@ -4,9 +4,10 @@ Standard library only: this runs before anything is installed. Each finished
 step leaves a stamp in the environment, so that a second call skips it and an
 interrupted call goes on where it stopped. mmcv exists on the package index as
 source only; its wheel is compiled once and kept in a cache outside the project,
-keyed by everything that its binary depends on.
+keyed by everything that its binary depends on. Where nothing can compile it, or
+with MMCV=lite, its operators come from torchvision, see mmcv_ext.py.
 
-Usage: python requirements/install.py [--venv .venv] [--cache DIR]
+Usage: [MMCV=full|lite] python requirements/install.py [--venv .venv] [--cache DIR]
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / 'requirements' / 'constraints.txt'
+OPERATORS = ROOT / 'requirements' / 'mmcv_ext.py'
 DEFAULT_CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'orepa_mm'
 
 PYTHONS = ('3.10', '3.11', '3.12')
@@ -128,6 +130,14 @@ class Environment:
     def pip_install(self, *arguments) -> None:
         run([self.python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments])
 
+    def remembered(self, name: str) -> str | None:
+        """What was noted of an earlier set-up."""
+        return self._stamps().get(name)
+
+    def remember(self, name: str, value: str) -> None:
+        """Note something for the next set-up."""
+        self._write_stamps({**self._stamps(), name: value})
+
     def ask(self, code: str) -> str:
         """What `print(...)` of this environment's Python says."""
         return subprocess.run([str(self.python), '-c', code], check=True, text=True,
@@ -145,15 +155,60 @@ class Environment:
         temporary.replace(self.stamp_file)
 
 
-def mmcv_wheel(env: Environment) -> Path:
-    """The compiled mmcv wheel for this environment, from the cache or built into it."""
+def mmcv_kind(env: Environment) -> str:
+    """full: with compiled operators; lite: with those of torchvision, see mmcv_ext.py.
+
+    What was asked for, now or before; else full where it can be compiled, or was.
+    """
+    asked = os.environ.get('MMCV') or env.remembered('mmcv kind')
+    if asked not in (None, 'full', 'lite'):
+        raise SetupError(f'MMCV={asked} is neither full nor lite.')
+    if asked is None:
+        folder, cuda = wheel_folder(env)
+        missing = [] if list(folder.glob('mmcv-*.whl')) else missing_for_mmcv(env, cuda)
+        asked = 'lite' if missing else 'full'
+        if missing:
+            say(f'    mmcv cannot be compiled here, there is no {" and no ".join(missing)}: its '
+                'operators will be those of torchvision (compile them later: make setup MMCV=full)')
+    env.remember('mmcv kind', asked)
+    return asked
+
+
+def missing_for_mmcv(env: Environment, cuda: bool) -> list[str]:
+    """What mmcv's operators are compiled with, and this machine does not have."""
+    headers = env.ask('import sysconfig; print(sysconfig.get_path("include"))')
+    tools = {'C++ compiler': os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++'),
+             'Python.h': (Path(headers) / 'Python.h').exists()}
+    if cuda:
+        tools['nvcc'] = os.environ.get('CUDA_HOME') or shutil.which('nvcc')
+    return [name for name, found in tools.items() if not found]
+
+
+def install_mmcv(env: Environment, kind: str) -> None:
+    """Install mmcv in place of whichever there is: both kinds have the same files."""
+    wheel = mmcv_wheel(env) if kind == 'full' else f'mmcv-lite=={MMCV}'
+    run([env.python, '-m', 'pip', '--disable-pip-version-check', 'uninstall', '-qy', 'mmcv',
+         'mmcv-lite'], stderr=subprocess.DEVNULL)  # it warns of the one that is not there
+    env.pip_install('-q', '--no-deps', wheel)
+    if kind == 'lite':
+        packages = env.ask('import sysconfig; print(sysconfig.get_path("purelib"))')
+        shutil.copyfile(OPERATORS, Path(packages) / 'mmcv' / '_ext.py')
+
+
+def wheel_folder(env: Environment) -> tuple[Path, bool]:
+    """Where the compiled wheel for this environment is kept, and whether it has CUDA operators."""
     facts = env.ask('import sys, torch, platform; '
                     'print(f"cp{sys.version_info[0]}{sys.version_info[1]}", torch.__version__, '
                     'platform.machine(), torch.cuda.is_available())').split()
     cuda = facts.pop() == 'True' or os.environ.get('FORCE_CUDA', '0') == '1'
     key = '-'.join([f'mmcv{MMCV}', *facts, 'cuda' if cuda else 'cpu'])
-    folder = env.cache / 'wheels' / key
-    with locked(env.cache / 'wheels' / f'{key}.lock'):
+    return env.cache / 'wheels' / key, cuda
+
+
+def mmcv_wheel(env: Environment) -> Path:
+    """The compiled mmcv wheel for this environment, from the cache or built into it."""
+    folder, cuda = wheel_folder(env)
+    with locked(folder.with_name(f'{folder.name}.lock')):
         if not list(folder.glob('mmcv-*.whl')):
             build_mmcv(env, folder, cuda)
         wheel = next(folder.glob('mmcv-*.whl'))
@@ -211,14 +266,16 @@ def set_up(env: Environment) -> None:
     env.step('pip', [PIP], lambda: env.pip_install('-q', PIP))
     env.step('torch', [TORCH, pins], lambda: env.pip_install(*constraints, *TORCH))
     env.step('OpenMMLab', [OPENMMLAB, pins], lambda: env.pip_install(*constraints, *OPENMMLAB))
-    env.step('mmcv', [MMCV, TORCH, os.environ.get('FORCE_CUDA', '0')],
-             lambda: env.pip_install('-q', '--no-deps', '--force-reinstall', mmcv_wheel(env)))
+    kind = mmcv_kind(env)
+    key = ([MMCV, TORCH, os.environ.get('FORCE_CUDA', '0')] if kind == 'full' else
+           [MMCV, kind, OPERATORS.read_text()])
+    env.step('mmcv', key, lambda: install_mmcv(env, kind))
     env.step('ONNX and safetensors', [DEPLOYMENT, pins],
              lambda: env.pip_install('-q', *constraints, *DEPLOYMENT))
     env.step('test tools', [DEVELOPMENT], lambda: env.pip_install('-q', *constraints, *DEVELOPMENT))
     env.step('orepa_mm', [(ROOT / 'setup.py').read_text()], lambda: env.pip_install(
         '-q', '--no-use-pep517', '--no-build-isolation', '--no-deps', '-e', ROOT))
-    env.step('check', [pins, OPENMMLAB, DEPLOYMENT, DEVELOPMENT],
+    env.step('check', [pins, kind, OPENMMLAB, DEPLOYMENT, DEVELOPMENT],
              lambda: run([env.python, '-m', 'orepa_mm.doctor']))
 
 

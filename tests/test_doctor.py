@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
@@ -32,7 +33,9 @@ def test_this_environment_is_healthy(monkeypatch, capsys):
      'without its operators'),
     ({}, {'mmcv.ops': 'ImportError: _ext.so: undefined symbol: _ZN3c10'}, 'mmcv operators',
      'built for another torch'),
-    ({'mmcv-lite': '2.1.0'}, {}, 'mmcv', 'mmcv-lite has no operators'),
+    ({'mmcv': '2.1.0', 'mmcv-lite': '2.1.0'}, {}, 'mmcv', 'uninstall both'),
+    ({'mmcv': None, 'mmcv-lite': '2.1.0'}, {'mmcv._ext': 'ModuleNotFoundError'}, 'mmcv',
+     'mmcv-lite has no operators'),
     ({}, {'torchvision': 'RuntimeError: operator torchvision::nms does not exist'},
      'torchvision', 'another torch'),
     ({}, {'mmdet.models': 'AssertionError: MMCV==2.2.0 is used'}, 'mmdet', 'cannot be built'),
@@ -46,6 +49,13 @@ def test_each_trap_is_recognised(monkeypatch, capsys, versions, imports, name, t
     assert text in found[name]
     assert doctor.main() == 1
     assert 'PROBLEM' in capsys.readouterr().out
+
+
+def test_the_operators_of_torchvision_will_do(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', SimpleNamespace(OPERATORS=('nms', 'roi_align')))
+    assert problems(monkeypatch, {'mmcv': None, 'mmcv-lite': '2.1.0'}) == {}
+    assert doctor.main() == 0
+    assert 'of torchvision: nms, roi_align;' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('distribution', 'fork', 'module'), [

@@ -104,7 +104,7 @@ def test_random_numbers_differ_between_iterations_and_epochs(tmp_path):
 def test_what_could_not_be_exact_is_an_error(tmp_path):
     cfg = config(tmp_path, True, 0, experiment_name='no-seed')
     cfg.randomness = dict(seed=None)
-    with pytest.raises(ConfigError, match='randomness.seed'):
+    with pytest.raises(ConfigError, match=r'randomness\.seed'):
         build_runner(cfg).train()
     cfg = config(tmp_path, True, 1, by_epoch=True, experiment_name='persistent')
     cfg.train_dataloader.persistent_workers = True
