@@ -324,7 +324,7 @@ def _notes(comparison: Comparison, pairs: Sequence[Pair], smaller: bool) -> list
             notes.append(f'{spread.variant}: the metric is no number with {_seeds(undefined)}; '
                          'left out.')
         if every - seeds:
-            notes.append(f'{spread.variant} has not finished with {_seeds(sorted(every - seeds))}: '
+            notes.append(f'{spread.variant} has no result with {_seeds(sorted(every - seeds))}: '
                          'its mean is over other seeds than those of the rest. Differences are '
                          'over common seeds only.')
     for outcome in comparison.outcomes:

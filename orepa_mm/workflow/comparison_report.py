@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +74,7 @@ def write_comparison(out: str | Path, metric: str | None = None, reference: str 
     title, runs = planned_runs(out)
     results = {run: run.result for run in runs}
     finished = {run: result for run, result in results.items() if result is not None}
-    lacking = [_why_unfinished(run) for run in runs if run not in finished] + _never_planned(runs)
+    lacking = [_why_unfinished(run) for run in runs if run not in finished]
     if not finished:
         raise ConfigError(f'{out} has no finished run, so there is nothing to compare'
                           + (': ' + shortened(lacking) if lacking else ''))
@@ -185,15 +185,6 @@ def _why_unfinished(run: Run) -> str:
         return f'{run.name}: not begun'
     return (f'{run.name}: not finished, {run.fraction:.0%} trained; the last line of its log is: '
             f'{run.complaint}')
-
-
-def _never_planned(runs: Sequence[Run]) -> list[str]:
-    """Seeds that other variants have."""
-    there = {(run.variant.text, run.seed) for run in runs}
-    seeds = sorted({run.seed for run in runs})
-    return [f'{variant}, seed {seed}: no such run'
-            for variant in dict.fromkeys(run.variant.text for run in runs)
-            for seed in seeds if (variant, seed) not in there]
 
 
 def _outcome(run: Run, result: dict[str, Any], metric: str) -> Outcome:

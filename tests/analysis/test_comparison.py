@@ -111,8 +111,8 @@ def test_only_common_seeds_are_compared():
                             'can be compared')
     text = '\n'.join(result.notes)
     assert 'plain: the metric is no number with seed 3; left out' in text
-    assert 'plain has not finished with seeds 8, 9' in text
-    assert 'orepa has not finished with seeds 0, 9' in text
+    assert 'plain has no result with seeds 8, 9' in text
+    assert 'orepa has no result with seeds 0, 9' in text
     assert '2 comparisons are made' in text
     assert 'in up to 10 of 100' in text
 
