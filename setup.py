@@ -52,7 +52,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['orepa_mm', 'orepa_mm.*']),
     python_requires='>=3.10',
-    install_requires=['torch>=2.6', 'numpy'],
+    install_requires=['torch>=2.6', 'numpy', 'filelock'],
     # Two stacks share their import names and must never be installed together,
     # so neither is a hard requirement. mmcv must be built for the torch at hand.
     extras_require={

@@ -14,10 +14,11 @@ from mmengine.registry import DATASETS
 
 from ..errors import DataRootError
 from .check_annotations import check_coco, has_boxes, read_coco
-from .check_findings import NOTE, Finding, Findings
+from .check_findings import CONVERTED, NOTE, Finding, Findings
 from .check_images import Sample, check_files, check_image, check_label_map, same_content
 from .cityscapes_layout import num_label_values
 from .config_walk import SPLITS, dicts_with, find_datasets, spread, type_name
+from .conversion import conversion_of
 
 #: Of a progress bar: what is counted, how many are done, how many there are.
 Progress = Callable[[str, int, int], None]
@@ -45,9 +46,10 @@ def check_data(cfg: Config, splits: Sequence[str] = SPLITS, max_images: int | No
                progress: Progress | None = None) -> DataCheck:
     """Check the data that a config reads.
 
-    Looked at are annotations in COCO format (mmdet), label maps (mmseg), class
-    folders and lists of images (mmpretrain), the image files of all of them,
-    and whether data to train on and data to test on share images.
+    Looked at are annotations in COCO format (mmdet), what was left out when they
+    were converted to it, label maps (mmseg), class folders and lists of images
+    (mmpretrain), the image files of all of them, and whether data to train on
+    and data to test on share images.
 
     Args:
         cfg: From `orepa_mm.engine.load_config`, with `check=False`.
@@ -145,6 +147,9 @@ def _coco_part(dataset: BaseDataset, annotation: Path, folder: Path, masks: bool
     if content is None or not has_boxes(content):
         raise _unknown(dataset)
     sizes = check_coco(content, findings, masks)
+    for problem, names in conversion_of(dataset.data_root, annotation).get('problems', {}).items():
+        if problem in CONVERTED:  # the others were found again
+            findings.add(problem, names)
     names = {category.get('name') for category in content['categories']}
     classes = dataset.metainfo.get('classes') or ()
     findings.add('class of the config that the file does not have',

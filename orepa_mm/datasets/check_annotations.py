@@ -16,7 +16,7 @@ from .check_findings import Findings
 from .config_walk import SPLITS, dicts_with, find_datasets
 
 #: Pixels by which boxes may reach out of an image: annotation tools round.
-_TOLERANCE = 1.0
+TOLERANCE = 1.0
 #: Problems that are named before a run is refused.
 _FIRST = 3
 
@@ -232,7 +232,7 @@ def _check_places(annotations: list[dict[str, Any]], sizes: dict[Any, tuple], na
         flat = sound & (boxes[:, 2:] == 0).any(axis=1)
         outside = sound & ~flat & ((corners <= 0) | (boxes[:, :2] >= images)).any(axis=1)
         reaching = sound & ~flat & ~outside & (
-            (boxes[:, :2] < -_TOLERANCE) | (corners > images + _TOLERANCE)).any(axis=1)
+            (boxes[:, :2] < -TOLERANCE) | (corners > images + TOLERANCE)).any(axis=1)
     for problem, mask in (('box of no area', flat), ('box outside of the image', outside),
                           ('box reaches out of the image', reaching)):
         _add_boxes(problem, mask, annotations, name, findings)

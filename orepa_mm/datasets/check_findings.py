@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Column, Table
 
 #: What a problem does, worst first.
 STOPS, METRIC, SPOILS, NOTE = 'stops a run', 'wrong metric', 'spoils training', 'note'
 EFFECTS = (STOPS, METRIC, SPOILS, NOTE)
+#: Names that a table shows of each problem.
+_SHOWN = 3
+#: Found when annotations were converted; what it does as below.
+CONVERTED = {
+    'image file is missing, left out': (SPOILS, METRIC),
+    'image cannot be read, left out': (SPOILS, METRIC),
+    'image listed twice, left out once': (NOTE, NOTE),
+    'image without a label file': (NOTE, NOTE),
+    'label file is missing, image left out': (SPOILS, METRIC),
+    'label file cannot be read, image left out': (SPOILS, METRIC),
+    'label cannot be read, left out': (SPOILS, METRIC),
+    'label of an unknown class, left out': (SPOILS, METRIC),
+    'label given twice, left out once': (NOTE, NOTE),
+    'box of no area, left out': (NOTE, NOTE),
+    'box outside of the image, left out': (SPOILS, METRIC),
+    'box begins before the first pixel, which is 1': (NOTE, NOTE),
+    'size in the label file differs from that of the image': (SPOILS, METRIC),
+    'difficult object, counted neither in training nor in the metric': (NOTE, NOTE),
+    'keypoints are not used': (NOTE, NOTE),
+}
 #: Each problem: what it does in data to train on, and in data to test on.
 PROBLEMS = {
+    **CONVERTED,
     'data cannot be listed': (STOPS, STOPS),
     'no images': (STOPS, STOPS),
     'image file is missing': (STOPS, STOPS),
@@ -107,3 +133,21 @@ class Findings:
         effects = [effect for effect, applies in zip(
             PROBLEMS[problem], (self.training, self.testing), strict=True) if applies]
         return min(effects, key=EFFECTS.index)
+
+
+def problem_table(findings: Iterable[Finding], root: str | Path | None = None) -> Table:
+    """A table of problems, with the first names of each.
+
+    Args:
+        findings: The problems.
+        root: Folder that the names leave out.
+    """
+    table = Table('problem', 'how many', Column('first names', overflow='fold'), 'effect',
+                  box=box.SIMPLE_HEAD)
+    for finding in findings:
+        names = '\n'.join(finding.names[:_SHOWN])
+        names = names.replace(f'{str(root).rstrip("/")}/', '') if root else names
+        # paths and boxes have brackets: no markup
+        table.add_row(*map(escape, (finding.problem, str(len(finding.names)), names,
+                                    finding.effect)))
+    return table

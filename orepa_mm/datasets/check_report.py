@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from ..files import written_whole
 from .check import DataCheck
-from .check_findings import Finding
-
-#: Names that the table shows of each problem; the JSON file has all.
-_SHOWN = 3
+from .check_findings import problem_table
 
 
 def print_check(check: DataCheck, root: str | Path | None = None) -> None:
@@ -30,23 +24,11 @@ def print_check(check: DataCheck, root: str | Path | None = None) -> None:
         print(f'{data}: {images} images, {opened} opened')
         findings = [finding for finding in check.findings if finding.data == data]
         if findings:
-            console.print(_table(findings, f'{str(root).rstrip("/")}/' if root else ''))
+            console.print(problem_table(findings, root))
     if check.passed:
         print('nothing that stops a run or makes a metric wrong was found')
     else:
         print('the data are not fit to train and test on: see what is no note')
-
-
-def _table(findings: list[Finding], root: str) -> Table:
-    table = Table('problem', 'how many', Column('first names', overflow='fold'), 'effect',
-                  box=box.SIMPLE_HEAD)
-    for finding in findings:
-        names = '\n'.join(finding.names[:_SHOWN])
-        names = names.replace(root, '') if root else names
-        # paths and boxes have brackets: no markup
-        table.add_row(*map(escape, (finding.problem, str(len(finding.names)), names,
-                                    finding.effect)))
-    return table
 
 
 def save_check(check: DataCheck, path: str | Path) -> None:

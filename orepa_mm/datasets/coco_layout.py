@@ -1,14 +1,27 @@
-"""Folders in COCO layout: `annotations/instances_train2017.json`, `train2017/` and so on."""
+"""Folders in COCO layout: `annotations/instances_train2017.json`, `train2017/` and so on.
+
+Folders in YOLO and Pascal VOC format become such ones, see `coco_root`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 
 from ..errors import DataRootError
-from .config_walk import dicts_with
+from .config_walk import SPLITS, dicts_with, find_datasets
+from .conversion import conversion_of, converted
+from .voc_source import is_voc, read_voc
+from .yolo_source import is_yolo, read_yolo
+
+#: Formats other than COCO's: the name, what shows it, whether a folder has it, what reads it.
+_FORMATS = (('YOLO', 'data.yaml', is_yolo, read_yolo),
+            ('Pascal VOC', 'JPEGImages and Annotations', is_voc, read_voc))
 
 
 def is_coco(dataset: dict) -> bool:
@@ -33,6 +46,75 @@ def coco_paths(dataset: dict, root: Path) -> list[Path]:
     prefixes = dict(dataset.get('data_prefix') or {})
     return [root / dataset['ann_file'], *(root / folder for kind, folder in prefixes.items()
                                           if kind in ('img', 'img_path'))]
+
+
+def coco_root(cfg: Config, root: Path, splits: Sequence[str] = SPLITS, check: bool = True) -> Path:
+    """Where the annotations of a folder are in COCO layout.
+
+    Which split an annotation file of the config is for is taken from its name,
+    which says `train`, `val`, `test` or `trainval`, else from the data loader.
+
+    Args:
+        cfg: A config whose data sets read annotation files.
+        root: The folder.
+        splits: What the folder must hold, of `train`, `val` and `test`.
+        check: Whether boxes without an outline are an error where masks are read.
+
+    Returns:
+        The folder itself, if it has all that one of the data sets reads, or no
+        other format either; else a folder in the cache, see `converted`.
+
+    Raises:
+        DataRootError: If the folder could be of several formats, is incomplete,
+            or what it holds cannot be converted.
+    """
+    datasets = find_datasets(cfg)
+    found = [entry for entry in _FORMATS if entry[2](root)]
+    if any(all(path.exists() for path in coco_paths(dataset, root)) for dataset in datasets):
+        for name, sign, *_ in found:
+            print_log(f'{root} is read in COCO layout; what it has in {name} format ({sign}) is '
+                      'left alone', 'current')
+        return root
+    paths = [Path(path) for dataset in datasets for path in (
+        dataset['ann_file'], *filter(None, (dataset.get('data_prefix') or {}).values()))]
+    if not found or any(path.is_absolute() or '..' in path.parts for path in paths) or any(
+            Path(dataset['ann_file']).suffix != '.json' for dataset in datasets):
+        return root
+    if len(found) > 1:
+        both = ' and '.join(f'{name} ({sign})' for name, sign, *_ in found)
+        raise DataRootError(f'{root} could be read in two formats, {both}: leave only one of them '
+                            'in the folder')
+    files = _splits_of_files(cfg)
+    source = found[0][3](root, sorted({*files.values()}))
+    needed = find_datasets(cfg, splits)
+    folders = {prefix for dataset in datasets
+               for prefix in (dataset.get('data_prefix') or {}).values() if prefix}
+    home = converted(root, source, files, folders,
+                     sorted({files[dataset['ann_file']] for dataset in needed}))
+    for dataset in needed if check else []:
+        _require_outlines(dataset, root, conversion_of(home, home / dataset['ann_file']))
+    return home
+
+
+def _splits_of_files(cfg: Config) -> dict[str, str]:
+    """The split that each annotation file is for."""
+    files: dict[str, str] = {}
+    for split in SPLITS:
+        for dataset in find_datasets(cfg, [split]):
+            named = re.search('trainval|train|val|test', Path(dataset['ann_file']).name)
+            files.setdefault(dataset['ann_file'], named[0] if named else split)
+    return files
+
+
+def _require_outlines(dataset: dict, root: Path, content: dict) -> None:
+    if 'seg' in (dataset.get('data_prefix') or {}):
+        raise DataRootError(f'the config reads label maps of stuff, which {root} does not have: '
+                            'choose a config for boxes or masks')
+    missing = content['labels'] - content['outlines']
+    if missing and any(dicts_with('with_mask', dataset.get('pipeline'))):
+        raise DataRootError(f'the config reads masks, but {missing} of {content["labels"]} labels '
+                            f'for {content["split"]} in {root} are boxes without an outline: '
+                            'choose a config for boxes, such as one of Faster R-CNN or RetinaNet')
 
 
 def apply_coco(cfg: Config, datasets: list[dict], root: Path,
@@ -83,7 +165,8 @@ def _class_names(annotation: Path, root: Path) -> tuple[str, ...]:
     """Names in the file's own order, which is the order of mmdet's labels."""
     if not annotation.is_file():
         found = sorted(str(path.relative_to(root)) for path in root.glob('*/*.json')) or 'none'
-        raise DataRootError(f'{annotation} is missing; annotation files below {root}: {found}')
+        raise DataRootError(f'{annotation} is missing; annotation files below {root}: {found}'
+                            + _other_formats(root))
     try:
         content = json.loads(annotation.read_text())
         names = tuple(category['name'] for category in content['categories'])
@@ -93,6 +176,15 @@ def _class_names(annotation: Path, root: Path) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names):
         raise DataRootError(f'{annotation} needs categories with different names, has {names}')
     return names
+
+
+def _other_formats(root: Path) -> str:
+    """What else was looked for, and where it is if it is one folder further down."""
+    looked = ' and '.join(f'{name} format ({sign})' for name, sign, *_ in _FORMATS)
+    below = [path.name for path in sorted(root.iterdir()) if path.is_dir()
+             and any(matches(path) for *_, matches, _ in _FORMATS)]
+    return f'. Looked for as well: {looked}' + (
+        f'; give the folder below it that has one: {", ".join(below)}' if below else ', none there')
 
 
 def _relative(path: str, roots: set[str]) -> str:

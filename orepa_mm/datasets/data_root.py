@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from ..errors import DataRootError
 from .cityscapes_layout import apply_cityscapes, cityscapes_paths, is_cityscapes
-from .coco_layout import apply_coco, coco_paths, is_coco
+from .coco_layout import apply_coco, coco_paths, coco_root, is_coco
 from .config_walk import SPLITS, find_datasets, set_num_classes, type_name
 from .imagenet_layout import apply_imagenet, imagenet_paths, is_imagenet
 
@@ -28,6 +28,8 @@ def apply_data_root(cfg: Config, root: str | Path, splits: Sequence[str] = SPLIT
     instance segmentation), Cityscapes (semantic segmentation) and ImageNet
     (classification); names of files and folders stay those of the config. The
     class names are read from the folder, and `num_classes` is set in the model.
+    Where a folder in COCO layout is expected, one in YOLO or Pascal VOC format
+    is converted once, see `coco_root`.
 
     Args:
         cfg: The config; changed in place.
@@ -43,8 +45,8 @@ def apply_data_root(cfg: Config, root: str | Path, splits: Sequence[str] = SPLIT
 
     Raises:
         DataRootError: If the folder does not fit, or the config's data sets
-            have none of these layouts. `apply_coco`, `apply_cityscapes` and
-            `apply_imagenet` say what they look at.
+            have none of these layouts. `coco_root`, `apply_coco`,
+            `apply_cityscapes` and `apply_imagenet` say what they look at.
     """
     root = Path(root).expanduser().resolve()
     if not root.is_dir():
@@ -53,11 +55,12 @@ def apply_data_root(cfg: Config, root: str | Path, splits: Sequence[str] = SPLIT
     needed = {id(dataset) for dataset in find_datasets(cfg, splits)}
     for matches, paths, apply in _LAYOUTS:
         if datasets and all(map(matches, datasets)):
+            home = coco_root(cfg, root, splits, check) if apply is apply_coco else root
             found = [dataset for dataset in datasets if id(dataset) in needed
-                     or all(path.exists() for path in paths(dataset, root))]
-            classes = apply(cfg, found, root, check) if found else None
+                     or all(path.exists() for path in paths(dataset, home))]
+            classes = apply(cfg, found, home, check) if found else None
             for dataset in datasets:
-                dataset['data_root'] = str(root)  # also where files are missing: no other set's
+                dataset['data_root'] = str(home)  # also where files are missing: no other set's
             break
     else:
         found = ', '.join(sorted({type_name(dataset) for dataset in datasets})) or 'none'

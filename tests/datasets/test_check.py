@@ -3,10 +3,21 @@
 import json
 import shutil
 
-import cv2
 import numpy as np
 import pytest
-from helpers import ROOT, SHARED, run_each
+from checking import (
+    LIGHT,
+    MASK_RCNN,
+    RESNET,
+    UPERNET,
+    checked,
+    cut,
+    edit,
+    first,
+    found_in,
+    names_of,
+)
+from helpers import SHARED, run_each
 from mmengine.hub import get_config
 
 from orepa_mm.datasets import (
@@ -20,54 +31,6 @@ from orepa_mm.datasets import (
 from orepa_mm.datasets.check import check_data
 from orepa_mm.datasets.check_findings import METRIC, NOTE, SPOILS, STOPS
 from orepa_mm.errors import DataRootError
-
-MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
-UPERNET = 'mmseg::upernet/upernet_r18_4xb2-40k_cityscapes-512x1024.py'
-RESNET = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
-LIGHT = ROOT / 'configs' / 'faster_rcnn' / 'faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
-
-
-@pytest.fixture
-def coco(tmp_path):
-    return make_shapes_coco(tmp_path / 'coco', 3, 2, 64)
-
-
-@pytest.fixture
-def streets(tmp_path):
-    return make_shapes_cityscapes(tmp_path / 'streets', 3, 2, 64)
-
-
-@pytest.fixture
-def classes(tmp_path):
-    return make_shapes_imagenet(tmp_path / 'classes', 24, 12, 32)
-
-
-def checked(name, root, splits=SPLITS, **options):
-    cfg = apply_data_root(get_config(name), root, splits, check=False)
-    return check_data(cfg, splits, **options)
-
-
-def found_in(check):
-    """{(first word of the data's name, problem): effect}"""
-    return {(finding.data.split()[0].strip(','), finding.problem): finding.effect
-            for finding in check.findings}
-
-
-def names_of(check, problem):
-    return [name for finding in check.findings if finding.problem == problem
-            for name in finding.names]
-
-
-def edit(root, split, change):
-    path = root / 'annotations' / f'instances_{split}2017.json'
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def first(key, value):
-    """Sets a value of the first annotation."""
-    return lambda content: content['annotations'][0].update({key: value})
 
 
 @pytest.mark.parametrize(('name', 'make', 'sizes'), [
@@ -201,11 +164,6 @@ def test_other_formats_are_left_alone(coco, text):
         require_usable_data(cfg)
 
 
-def cut(path, part=0.5):
-    content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * part)])
-
-
 #: What is done to a file, and what is found of it.
 FILES = {'missing': (lambda path: path.unlink(), 'image file is missing'),
          'empty': (lambda path: path.write_bytes(b''), 'image file is empty'),
@@ -310,78 +268,6 @@ def test_one_set_to_train_and_test_on(coco):
     check = check_data(cfg, ['train', 'val'])
     assert check.counts == [('train, val (instances_train2017.json)', 3, 3)]
     assert found_in(check) == {('train', 'box of no area'): METRIC}
-
-
-LABELS = 'gtFine/val/shapes/shapes_000001_gtFine_labelTrainIds.png'
-
-
-def write_labels(root, values):
-    assert cv2.imwrite(str(root / LABELS), values)
-
-
-#: What is done to a folder of streets, the problem, and its effect.
-LABEL_MAPS = {
-    'value': (lambda r: write_labels(r, np.full((64, 64), 4, np.uint8)),
-              'label value out of range', METRIC),
-    'wide value': (lambda r: write_labels(r, np.full((64, 64), 256, np.uint16)),
-                   'label value out of range', METRIC),
-    'size': (lambda r: write_labels(r, np.zeros((64, 32), np.uint8)),
-             'label map of another size than the image', STOPS),
-    'colour': (lambda r: write_labels(r, np.zeros((64, 64, 3), np.uint8)),
-               'label map is a colour image', STOPS),
-    'ignored': (lambda r: write_labels(r, np.full((64, 64), 255, np.uint8)),
-                'image without labels', NOTE),
-    'missing': (lambda r: (r / LABELS).unlink(), 'label map is missing', STOPS),
-    'empty': (lambda r: (r / LABELS).write_bytes(b''), 'label map is empty', STOPS),
-    'cut': (lambda r: cut(r / LABELS), 'label map cannot be read', STOPS),
-    'left over': (lambda r: (r / 'leftImg8bit/val/shapes/shapes_000001_leftImg8bit.png').unlink(),
-                  'label map of an image that is not there', NOTE),
-}
-
-
-@pytest.mark.parametrize('fault', LABEL_MAPS)
-def test_label_maps(streets, fault):
-    change, problem, effect = LABEL_MAPS[fault]
-    change(streets)
-    check = checked(UPERNET, streets)
-    assert found_in(check) == {('val', problem): effect}
-    assert names_of(check, problem)[0].startswith(str(streets / LABELS))
-    assert check.passed == (effect == NOTE)
-
-
-def test_label_maps_whose_zero_is_no_class(streets):
-    """With reduce_zero_label, values are one higher."""
-    cfg = apply_data_root(get_config(UPERNET), streets)
-    write_labels(streets, np.full((64, 64), 4, np.uint8))
-    cfg.test_dataloader.dataset.reduce_zero_label = True
-    assert check_data(cfg, ['test']).passed
-    write_labels(streets, np.full((64, 64), 5, np.uint8))
-    assert not check_data(cfg, ['test']).passed
-
-
-def test_class_folders(classes):
-    for split in ('train', 'val'):
-        for path in (classes / split / 'star_plain').iterdir():
-            path.unlink()
-    check = checked(RESNET, classes)
-    assert found_in(check) == {('train', 'class without images'): SPOILS,
-                               ('val', 'class without images'): NOTE}
-    shutil.rmtree(classes / 'train')
-    cfg = get_config(RESNET)
-    cfg.train_dataloader.dataset = dict(type='CustomDataset', data_prefix=str(classes / 'train'))
-    assert found_in(check_data(cfg, ['train'])) == {('train', 'data cannot be listed'): STOPS}
-
-
-def test_lists_of_images(classes):
-    (classes / 'list.txt').write_text('ring_plain/ring_plain_000001.png 0\nno/such.png 12\n')
-    cfg = get_config(RESNET)
-    cfg.test_dataloader.dataset = dict(
-        type='CustomDataset', data_root=str(classes), data_prefix='val', ann_file='list.txt',
-        metainfo=dict(classes=[f'class {i}' for i in range(12)]))
-    check = check_data(cfg, ['test'])
-    assert names_of(check, 'class label out of range') == [f'{classes}/val/no/such.png: 12']
-    assert names_of(check, 'image file is missing') == [f'{classes}/val/no/such.png']
-    assert len(names_of(check, 'class without images')) == 11
 
 
 def test_a_sample_of_the_images(coco):
