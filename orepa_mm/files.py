@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -22,20 +23,84 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     Yields:
         The temporary path to write to, in the same folder and with the same suffix.
+
+    Raises:
+        OSError: If it cannot be written; it names the file to be, not the temporary one.
     """
     path = Path(path)
+    require_writable_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=_prefix(path.parent / path.stem, 'new'),
                                          suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
-        yield Path(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, path)
+        with _naming(Path(temporary), path):
+            yield Path(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
+            os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def require_writable_file(path: str | Path) -> None:
+    """Refuse a file that cannot be written, before long work; nothing is left behind.
+
+    Args:
+        path: The file to be; it and its folders may be missing.
+
+    Raises:
+        OSError: If it cannot; it names what stands in the way.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder, where a file is to be written: choose '
+                                'another path')
+    require_writable_folder(path.parent)
+
+
+def require_writable_folder(folder: str | Path) -> None:
+    """Refuse a folder that cannot be written to, before long work; nothing is left behind.
+
+    Args:
+        folder: The folder to be; it and those above it may be missing.
+
+    Raises:
+        OSError: If it cannot; it names what stands in the way.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        name = 'it' if there == folder else str(there)
+        raise NotADirectoryError(f'{folder} cannot be a folder to write to: {name} is '
+                                 f'{"a file" if there.exists() else "a broken link"}; choose '
+                                 'another path')
+    try:  # whether one may, and the disk can, only trying tells
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PermissionError(f'{there}: nothing can be written into this folder '
+                              f'({error.strerror}); choose another path') from error
+
+
+@contextlib.contextmanager
+def _naming(temporary: Path, path: Path) -> Iterator[None]:
+    """Let what goes wrong with a temporary file or folder, or with none, name what is to be."""
+    try:
+        yield
+    except OSError as error:
+        named = temporary if error.filename is None else Path(os.fsdecode(error.filename))
+        if error.errno is None or not named.is_relative_to(temporary):
+            raise
+        raise OSError(error.errno, error.strerror,
+                      str(path / named.relative_to(temporary))) from error
+    except RuntimeError as error:
+        # PyTorch's writer hides the system's error, and the folder was there a moment ago
+        if not re.search('PytorchStreamWriter|inline_container', str(error)):
+            raise
+        raise OSError(errno.ENOSPC, 'it could not be written whole, the disk is probably full',
+                      str(path)) from error
 
 
 def remove_unfinished(folder: str | Path) -> int:
@@ -84,15 +149,18 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
 
     Raises:
         FileExistsError: If an earlier result cannot be replaced as a whole.
+        OSError: If it cannot be written; it names the folder to be, not the temporary one.
     """
     folder = Path(folder).resolve()
+    require_writable_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(folder)
     inside = folder.is_dir() and not _is_replaceable(folder, owned)
     temporary = Path(tempfile.mkdtemp(prefix=_prefix(folder, 'new'),
                                       dir=folder if inside else folder.parent))
     try:
-        yield temporary
+        with _naming(temporary, folder):
+            yield temporary
         for path in list(temporary.iterdir()):
             if not owned(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

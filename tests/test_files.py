@@ -1,14 +1,21 @@
 """Files and folders that are written whole or not at all, whenever the process is killed."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 
-from orepa_mm.files import folder_written_whole
+from orepa_mm.files import (
+    folder_written_whole,
+    require_writable_file,
+    require_writable_folder,
+    written_whole,
+)
 
 NAMES = ('config.py', 'model.pth', 'report.json')
 #: Writes the new result; killed at the given call of `Path.replace` (0: before any).
@@ -111,3 +118,99 @@ def test_folders_of_living_processes_stay(tmp_path):
         assert first.is_dir()
         (first / 'model.pth').write_text('first')
     assert content(out) == {'model.pth': 'first'}
+
+
+def full(*names):
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
+
+
+def write_half(writing, place, named=False):
+    """Write a file whose disk is full; the system's error names it, or none."""
+    with writing as temporary:
+        path = place(temporary)
+        path.write_text('half')
+        raise full(*[str(path)] * named)
+
+
+class FullDisk:
+    """What PyTorch writes into until the disk is full; it hides the reason."""
+
+    def __init__(self, path):
+        self.file = path.open('wb')
+
+    def write(self, content):
+        if self.file.tell() + len(content) > 5000:
+            raise full()
+        return self.file.write(content)
+
+    def flush(self):
+        pass
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / 'a b.pth'
+    path.write_text('old')
+    with pytest.raises(OSError, match='No space left') as error:
+        write_half(written_whole(path), lambda temporary: temporary)
+    assert error.value.filename == str(path)
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match='the disk is probably full') as error, (
+            written_whole(path)) as temporary:
+        torch.save(torch.zeros(5000), FullDisk(temporary))
+    assert error.value.filename == str(path)
+    folder = tmp_path / 'out'
+    with pytest.raises(OSError, match='No space left') as error:
+        write_half(folder_written_whole(folder, NAMES.__contains__),
+                   lambda temporary: temporary / 'model.pth', named=True)
+    assert error.value.filename == str(folder / 'model.pth')
+    assert path.read_text() == 'old'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_about_other_files_stay_as_they_are(tmp_path):
+    for wrong in (FileNotFoundError('there is no x'), FileNotFoundError(2, 'x', '/no/such'),
+                  RuntimeError('x')):
+        with pytest.raises(type(wrong)) as error, written_whole(tmp_path / 'x'):
+            raise wrong
+        assert error.value is wrong
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.geteuid() != 0, reason='becomes another user')
+def test_folders_of_others_are_refused_by_name(tmp_path):
+    """Only the superuser can try this: it may write anywhere itself."""
+    for parent in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        for refuse, path in ((require_writable_folder, tmp_path / 'new' / 'out'),
+                             (require_writable_folder, tmp_path),
+                             (require_writable_file, tmp_path / 'x.pth')):
+            with pytest.raises(PermissionError, match='nothing can be written') as error:
+                refuse(path)
+            assert str(tmp_path) in str(error.value)
+        for write in (lambda: written_whole(tmp_path / 'x.pth'),
+                      lambda: folder_written_whole(tmp_path / 'out', NAMES.__contains__)):
+            with pytest.raises(PermissionError, match='nothing can be written'), write():
+                pass
+    finally:
+        os.seteuid(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_stands_in_the_way_of_an_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ('', '.', 'new/a b/out', tmp_path):
+        require_writable_folder(path)
+    require_writable_file('x.pth')
+    require_writable_file(tmp_path / 'new' / 'x.pth')
+    assert not list(tmp_path.iterdir())
+    (tmp_path / 'file').touch()
+    (tmp_path / 'link').symlink_to('nowhere')
+    with pytest.raises(NotADirectoryError, match=r'^file .*: it is a file'):
+        require_writable_folder('file')
+    with pytest.raises(NotADirectoryError, match=r'^file/a/b .*: \S*/file is a file'):
+        require_writable_folder('file/a/b')
+    with pytest.raises(NotADirectoryError, match='a broken link'):
+        require_writable_folder('link/a')
+    with pytest.raises(IsADirectoryError, match='a folder, where a file is to be written'):
+        require_writable_file(tmp_path)

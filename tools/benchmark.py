@@ -16,7 +16,8 @@ from orepa_mm.analysis.cost_table import (
 )
 from orepa_mm.analysis.training_cost import Settings
 from orepa_mm.engine import add_config_arguments, load_config
-from orepa_mm.errors import CheckpointError, ConfigError, DataRootError, NothingToConvertError
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_folder
 
 #: Sub-command that a config alone stands for: `benchmark.py CONFIG [CHECKPOINT]`.
 DEFAULT = 'forms'
@@ -91,9 +92,6 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     if min(numbers) < 1 or getattr(args, 'warmup', 0) < 0:
         parser.error('--shape, --rounds, --base-channels and --threads must be 1 at least, '
                      '--warmup 0')
-    out = getattr(args, 'out', None)
-    if out and Path(out).exists() and not Path(out).is_dir():
-        parser.error(f'--out must be a folder, {out} is none')
     return args
 
 
@@ -169,13 +167,10 @@ def run_tables(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse_args(sys.argv[1:])
-    try:
-        return args.run(args)
-    except (CheckpointError, ConfigError, DataRootError, NothingToConvertError,
-            FileNotFoundError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    if getattr(args, 'out', None):
+        require_writable_folder(args.out)
+    return args.run(args)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

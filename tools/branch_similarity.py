@@ -1,13 +1,13 @@
 """Say what the branches of a trained model do: how alike they are, and what each adds."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from orepa_mm.analysis.similarity import measure_checkpoint, print_branches
 from orepa_mm.analysis.similarity_figure import write_branches
 from orepa_mm.engine import add_config_arguments, load_config
-from orepa_mm.errors import CheckpointError, ConfigError, DataRootError, NothingToConvertError
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,28 +18,22 @@ def parse_args() -> argparse.Namespace:
     add('--out', metavar='DIR', help='write branch_similarity.json, branch_similarity.md, '
         'similarity.png (heat maps) and shares.png into this folder')
     args = parser.parse_args()
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        parser.error(f'--out must be a folder, {args.out} is none')
     if args.launcher != 'none':
         parser.error('this runs in one process: leave --launcher out')
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
-    try:
-        layers = measure_checkpoint(load_config(args, splits=()), args.checkpoint)
-        print_branches(layers)
-        if args.out:
-            title = f'{Path(args.config).stem}: {Path(args.checkpoint).name}'
-            for path in write_branches(layers, args.out, title):
-                print(f'saved {path}')
-    except (CheckpointError, ConfigError, DataRootError, NothingToConvertError,
-            FileNotFoundError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+    if args.out:
+        require_writable_folder(args.out)
+    layers = measure_checkpoint(load_config(args, splits=()), args.checkpoint)
+    print_branches(layers)
+    if args.out:
+        title = f'{Path(args.config).stem}: {Path(args.checkpoint).name}'
+        for path in write_branches(layers, args.out, title):
+            print(f'saved {path}')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -1,15 +1,14 @@
 """Check a config's data: what would stop a run, or make what it says wrong."""
 
 import argparse
-import sys
-from pathlib import Path
 
 from orepa_mm.analysis.benchmark_table import progress_bars
 from orepa_mm.datasets import SPLITS
 from orepa_mm.datasets.check import check_data
 from orepa_mm.datasets.check_report import print_check, save_check
 from orepa_mm.engine import add_config_arguments, load_config
-from orepa_mm.errors import DataRootError
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,8 +24,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_images is not None and args.max_images < 0:
         parser.error('--max-images must be 0 at least')
-    if args.json and Path(args.json).is_dir():
-        parser.error(f'--json must be a file, {args.json} is a folder')
     if args.launcher != 'none':
         parser.error('this runs in one process: leave --launcher out')
     return args
@@ -34,18 +31,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    try:
-        cfg = load_config(args, args.splits, check=False)
-        with progress_bars() as progress:
-            check = check_data(cfg, args.splits, args.max_images, progress)
-        if args.json:
-            save_check(check, args.json)
-    except (DataRootError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    if args.json:
+        require_writable_file(args.json)
+    cfg = load_config(args, args.splits, check=False)
+    with progress_bars() as progress:
+        check = check_data(cfg, args.splits, args.max_images, progress)
+    if args.json:
+        save_check(check, args.json)
     print_check(check, cfg.get('data_root'))
     return 0 if check.passed else 1
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

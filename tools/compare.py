@@ -7,7 +7,8 @@ from pathlib import Path
 
 from orepa_mm.analysis.variants import VARIANTS, Variant
 from orepa_mm.engine import add_config_arguments, load_config
-from orepa_mm.errors import CheckpointError, ConfigError, DataRootError
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_file, require_writable_folder
 from orepa_mm.workflow.comparison import execute, plan_runs
 from orepa_mm.workflow.comparison_report import fill_document, write_comparison
 
@@ -50,6 +51,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its processes end with it
+    require_writable_folder(args.out)
+    if args.into:
+        require_writable_file(args.into)
     try:
         runs = plan_runs(load_config(args), [Variant.parse(text) for text in args.variants],
                          args.seeds, args.out, args.plain_checkpoint,
@@ -58,9 +62,6 @@ def main() -> int:
         comparison = write_comparison(args.out, args.metric, args.reference)
         if args.into:
             fill_document(args.out, args.into)
-    except (CheckpointError, ConfigError, DataRootError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print('\nstopped; the same command goes on from here', file=sys.stderr)
         return 130
@@ -71,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -2,11 +2,11 @@
 from training form to deploy form."""
 
 import argparse
-import sys
 
 from orepa_mm.checkpoints import PUBLISHED
-from orepa_mm.errors import CheckpointError
+from orepa_mm.errors import run_tool
 from orepa_mm.export import CONVERTED_FORMS, convert_checkpoint_file
+from orepa_mm.files import require_writable_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,13 +26,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
-    try:
-        written = convert_checkpoint_file(args.source, args.target, args.arch, args.to)
-    except (CheckpointError, ImportError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    require_writable_file(args.target)
+    written = convert_checkpoint_file(args.source, args.target, args.arch, args.to)
     print(f'wrote {args.target}: {written.architecture.name}, {written.form} form, '
           f'{written.num_tensors} tensors'
           + f', {written.expanded} plain convolutions expanded' * bool(written.expanded))
@@ -40,8 +37,7 @@ def main() -> int:
         print(f'use it in a config, in the backbone of type {written.architecture.backbone["type"]}'
               f":\n  init_cfg=dict(type='Pretrained', checkpoint={args.target!r}, "
               "prefix='backbone.')")
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -2,16 +2,10 @@
 
 import argparse
 import shlex
-import sys
 
 from orepa_mm.engine import add_config_arguments, load_config
-from orepa_mm.errors import (
-    CheckpointError,
-    ConfigError,
-    DataRootError,
-    NothingToConvertError,
-    VerificationError,
-)
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_file
 from orepa_mm.workflow import expand_checkpoint
 
 
@@ -32,16 +26,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
-    try:
-        cfg = load_config(args)
-        done = expand_checkpoint(cfg, args.checkpoint, args.out, num_images=args.num_images,
-                                 images=not args.no_images)
-    except (CheckpointError, ConfigError, DataRootError, NothingToConvertError, VerificationError,
-            ImportError, FileNotFoundError, FileExistsError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    require_writable_file(args.out)
+    cfg = load_config(args)
+    done = expand_checkpoint(cfg, args.checkpoint, args.out, num_images=args.num_images,
+                             images=not args.no_images)
     differences = ', '.join(f'{value:.1e} ({name})'
                             for name, value in done.meta['largest_difference'].items())
     print(f'wrote {args.out}: {done.expanded} convolutions expanded, {done.copied} tensors copied\n'
@@ -54,8 +44,7 @@ def main() -> int:
         ['model.backbone.init_cfg=None'] if (cfg.model.get('backbone') or {}).get('init_cfg')
         else [])]
     print('train on:\n  mim train orepa_mm', shlex.join([args.config, '--cfg-options', *options]))
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

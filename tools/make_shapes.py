@@ -1,9 +1,10 @@
 """Generate a toy data set of simple shapes: for detection, segmentation or classification."""
 
 import argparse
-import sys
 
 from orepa_mm.datasets import make_shapes_cityscapes, make_shapes_coco, make_shapes_imagenet
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_folder
 
 LAYOUTS = {'coco': make_shapes_coco, 'cityscapes': make_shapes_cityscapes,
            'imagenet': make_shapes_imagenet}
@@ -23,16 +24,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     args = {key: value for key, value in vars(parse_args()).items() if value is not None}
-    try:
-        root = LAYOUTS[args.pop('layout')](**args)
-    except (ValueError, FileExistsError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    require_writable_folder(args['root'])
+    root = LAYOUTS[args.pop('layout')](**args)
     print(f'wrote the data set to {root}')
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main, ValueError)

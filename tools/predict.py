@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from mmengine.config import DictAction
 from mmengine.device import get_device
 
-from orepa_mm.engine import load_config
-from orepa_mm.errors import CheckpointError, ConfigError, DataRootError
+from orepa_mm.engine import SettingsAction, load_config
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_folder
 from orepa_mm.workflow import load_model, predict, split_model_arguments
 
 
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     add('--device', default=get_device(), help='%(default)s by default')
     add('--no-draw', action='store_true', help='write JSON and label maps only')
     add('--data-root', help='as for training; for a config that was trained with it')
-    add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    add('--cfg-options', nargs='+', action=SettingsAction, metavar='KEY=VALUE',
         help='override settings of the config')
     parser.set_defaults(launcher='none', local_rank=0, work_dir=None)
     args = parser.parse_intermixed_args()
@@ -39,14 +39,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    try:
-        args.config, checkpoint, images = split_model_arguments(args.words)
-        model = load_model(load_config(args, splits=()), checkpoint, args.device)
-        done = predict(model, images, args.out, batch_size=args.batch_size,
-                       score_thr=args.score_thr, top_k=args.top_k, draw=not args.no_draw)
-    except (CheckpointError, ConfigError, DataRootError, ImportError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    require_writable_folder(args.out)
+    args.config, checkpoint, images = split_model_arguments(args.words)
+    model = load_model(load_config(args, splits=()), checkpoint, args.device)
+    done = predict(model, images, args.out, batch_size=args.batch_size, score_thr=args.score_thr,
+                   top_k=args.top_k, draw=not args.no_draw)
     for line in done.skipped:
         print(f'skipped {line}', file=sys.stderr)
     print(f'predicted on {done.count} images, wrote {args.out}')
@@ -54,4 +51,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -1,7 +1,6 @@
 """Test a model, in training form or deployed, from any OpenMMLab config."""
 
 import argparse
-import sys
 
 from orepa_mm.engine import (
     add_config_arguments,
@@ -11,7 +10,8 @@ from orepa_mm.engine import (
     show_predictions,
     with_tta,
 )
-from orepa_mm.errors import CheckpointError, ConfigError, DataRootError
+from orepa_mm.errors import run_tool
+from orepa_mm.files import require_writable_file, require_writable_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,19 +32,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
-        cfg = load_config(args, splits=['test'])
-        if args.show or args.show_dir:
-            show_predictions(cfg, args.show_dir, args.show, args.wait_time)
-        if args.tta:
-            cfg = with_tta(cfg)
-        runner = build_test_runner(cfg, args.checkpoint)
-    except (CheckpointError, ConfigError, DataRootError, FileNotFoundError) as error:
-        sys.exit(f'error: {error}')
+    if args.out:
+        require_writable_file(args.out)
+    if args.show_dir:
+        require_writable_folder(args.show_dir)
+    cfg = load_config(args, splits=['test'])
+    if args.show or args.show_dir:
+        show_predictions(cfg, args.show_dir, args.show, args.wait_time)
+    if args.tta:
+        cfg = with_tta(cfg)
+    runner = build_test_runner(cfg, args.checkpoint)
     if args.out:
         dump_predictions(runner, args.out)
     runner.test()
 
 
 if __name__ == '__main__':
-    main()
+    run_tool(main)

@@ -1,10 +1,15 @@
 """Train a model from any OpenMMLab config."""
 
 import argparse
-import sys
 
-from orepa_mm.engine import add_config_arguments, build_runner, check_pretrained, load_config
-from orepa_mm.errors import CheckpointError, ConfigError, DataRootError
+from orepa_mm.engine import (
+    add_config_arguments,
+    build_runner,
+    load_config,
+    use_training_options,
+)
+from orepa_mm.errors import run_tool
+from orepa_mm.workflow.dry_run import dry_run
 
 
 def parse_args() -> argparse.Namespace:
@@ -16,31 +21,28 @@ def parse_args() -> argparse.Namespace:
                         help='scale the learning rate with the batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='go on from this checkpoint, or from the latest in the work folder')
-    return parser.parse_args()
+    parser.add_argument('--dry-run', type=int, metavar='N', help='try everything that a run does '
+                        'with N iterations, from the first batch to the deployed form, and keep '
+                        'nothing; exit code 1 if a step fails')
+    args = parser.parse_args()
+    if args.dry_run is not None:
+        if args.dry_run < 1:
+            parser.error('--dry-run must be 1 at least')
+        if args.resume is not None or args.launcher != 'none':
+            parser.error('--dry-run starts anew, in one process: leave --resume and --launcher '
+                         'out')
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    try:
-        cfg = load_config(args)
-        check_pretrained(cfg)
-    except (DataRootError, FileNotFoundError) as error:
-        sys.exit(f'error: {error}')
-    if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.loss_scale = 'dynamic'
-    if args.auto_scale_lr:
-        if 'auto_scale_lr' not in cfg:
-            sys.exit('error: --auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
-        cfg.auto_scale_lr.enable = True
-    if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-    try:
+    cfg = load_config(args)
+    use_training_options(cfg, amp=args.amp, auto_scale_lr=args.auto_scale_lr, resume=args.resume)
+    if args.dry_run is not None:
+        dry_run(cfg, args.dry_run, say=lambda line: print(line, flush=True))
+    else:
         build_runner(cfg).train()
-    except (CheckpointError, ConfigError) as error:  # of load_from, init_cfg, resume; of a hook
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
-    main()
+    run_tool(main)

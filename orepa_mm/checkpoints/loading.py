@@ -107,8 +107,8 @@ def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -
             warnings.filterwarnings('ignore', message='.*copying from a non-meta parameter')
             result = twin.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f'{source} does not fit {type(module).__name__}. {error}'
-                              + _of_other_classes(module, state)) from error
+        raise CheckpointError(f'{source} does not fit {type(module).__name__}. '
+                              f'{_of_other_classes(module, state)}{error}') from error
     # as MMEngine: older files have no such counter, and it starts at 0
     missing = [key for key in result.missing_keys if not key.endswith('num_batches_tracked')]
     if missing:
@@ -125,8 +125,9 @@ def _of_other_classes(module: nn.Module, state: Mapping[str, Tensor]) -> str:
              if key in own and value.shape != own[key].shape]
     if not pairs or any(len(a) < 1 or a[1:] != b[1:] for a, b in pairs):
         return ''
-    return ('\nThe number of outputs differs, as it does with other classes: a model that was '
-            'trained on a folder of your own needs the same --data-root here')
+    return ('It was trained with other classes than the config says: the number of outputs '
+            'differs. A model that was trained on a folder of your own needs the same --data-root '
+            'here; one of other classes needs its own config.\n')
 
 
 def _without_memory(module: nn.Module) -> nn.Module:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..checkpoints.io import read_file
@@ -59,6 +60,32 @@ def newest_checkpoint(work_dir: str | Path, folders: Iterable[str | Path] = ()
             'To start anew, take another work folder, or remove its checkpoints and '
             f'{LAST_CHECKPOINT}.']))
     return None, ''
+
+
+class FinalValidationHook(Hook):
+    """Validate a run that was resumed after its last iteration.
+
+    A checkpoint is written before the validation. A run that was killed in
+    between has nothing left to train, and MMEngine would not validate it.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Note where the run begins.
+
+        Args:
+            runner: The runner.
+        """
+        self._start = runner.iter
+
+    def after_train(self, runner: Runner) -> None:
+        """Validate if there was nothing to train.
+
+        Args:
+            runner: The runner.
+        """
+        if runner.iter == self._start and runner.val_loop is not None:
+            print_log('nothing was left to train: validating', 'current')
+            runner.val_loop.run()
 
 
 def checkpoint_folders(runner: Runner) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import nn
 
 from ..backbones.registration import resolved, scope_of
+from ..datasets.config_walk import find_datasets
 from ..errors import ConfigError
 from ..files import written_whole
 from ..reparam import build_expanded, is_training_form, stock_cfg_of_expanded
@@ -22,6 +24,8 @@ from ..reparam import build_expanded, is_training_form, stock_cfg_of_expanded
 #: Plain: the stock model. Folded: BN folded into the convolutions as well.
 DEPLOYED_FORMS = ('plain', 'folded')
 _PACKAGE = __name__.partition('.')[0]
+#: Stands for the folder of the data in a text.
+_MARK = '@DATA_ROOT@'
 #: Settings that belong to a run; `reparam` holds what our configs picked from.
 _TRAINING_ONLY = ('load_from', 'resume', 'work_dir', 'launcher', 'reparam')
 
@@ -98,12 +102,13 @@ def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
     """
     if is_training_form(model):
         raise ValueError('the model is in training form: re-parameterize it before saving')
-    folder, meta = Path(folder), {**meta, 'cfg': cfg.pretty_text}
+    text = portable_text(cfg)
+    folder, meta = Path(folder), {**meta, 'cfg': text}
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     with written_whole(folder / 'model.pth') as path:
         torch.save({'meta': meta, 'state_dict': state}, path)
     with written_whole(folder / 'config.py') as path:
-        cfg.dump(str(path))
+        path.write_text(text, encoding='utf-8')
     written = [folder / 'model.pth', folder / 'config.py']
     if safetensors:
         save_file = require_safetensors()
@@ -113,6 +118,47 @@ def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
                       str(path), {'format': 'pt', 'meta': json.dumps(meta)})
         written.append(folder / 'model.safetensors')
     return written
+
+
+def portable_text(cfg: Config) -> str:
+    """A config as a file whose first line alone says where the data are.
+
+    Configs that are dumped name the folder at every data set and metric. A
+    deployed model moves to another machine, whose data lie elsewhere: there, one
+    line is to be changed.
+
+    Args:
+        cfg: A config; the folder is its `data_root`, or else the one that all of
+            its data sets name.
+
+    Returns:
+        Python code. It is the config's own text if there is no such folder.
+    """
+    content = cfg.to_dict()
+    root = content.pop('data_root', None)
+    if not root:
+        roots = {dataset.get('data_root') for dataset in find_datasets(cfg)}
+        root = roots.pop() if len(roots) == 1 else None
+    if not isinstance(root, str) or not root:
+        return cfg.pretty_text
+    text = Config(_with_mark(content, root)).pretty_text
+    if _MARK not in text:
+        return cfg.pretty_text
+    text = re.sub(f"(['\"]){_MARK}\\1", 'data_root', text)
+    text = re.sub(f"(['\"]){_MARK}", r'data_root + \1', text)
+    return f'data_root = {root!r}  # on another machine this line alone changes\n' + text
+
+
+def _with_mark(value: Any, root: str) -> Any:
+    """Settings in which a mark stands for a folder at the beginning of paths."""
+    if isinstance(value, dict):
+        return {key: _with_mark(item, root) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_mark(item, root) for item in value)
+    if isinstance(value, str) and (value == root or (
+            value.startswith(root) and (root.endswith('/') or value[len(root)] == '/'))):
+        return _MARK + value[len(root):]
+    return value
 
 
 def require_safetensors() -> Callable[..., None]:

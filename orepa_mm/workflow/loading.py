@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from torch import nn
 
 from ..checkpoints import load_weights
-from ..engine import find_config
+from ..engine import find_config, read_config
 from ..errors import CheckpointError, ConfigError
 from .evidence import built_model
 
@@ -39,14 +39,7 @@ def load(path: str | Path, device: str = 'cpu') -> nn.Module:
         ImportError: If a toolbox is missing that the model is made of.
     """
     config, checkpoint = deployed_files(path)
-    try:
-        cfg = Config.fromfile(config)
-    except ImportError:
-        raise
-    except Exception as error:  # it is code: its damage may show as anything
-        raise ConfigError(f'{config} could not be read ({type(error).__name__}: {error}): write '
-                          'the folder anew with `mim run orepa_mm reparam`') from error
-    return load_model(cfg, checkpoint, device)
+    return load_model(read_config(config), checkpoint, device)
 
 
 def load_model(cfg: Config, checkpoint: str | Path, device: str = 'cpu') -> nn.Module:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
+from ..engine import find_config
 from ..files import written_whole
 from .curves import draw_curves, read_scalars
 from .detections import draw_detections, load_forms
-from .page import html_page, html_picture, html_table, png_of
+from .page import html_commands, html_page, html_picture, html_table, png_of
 from .summary import report_rows
 
 _BODY = '''<p>Trained with OREPA blocks, then re-parameterized into the stock network.</p>
@@ -23,7 +26,9 @@ _BODY = '''<p>Trained with OREPA blocks, then re-parameterized into the stock ne
 <h2>Detections of both forms</h2>
 {detections}
 <h2>Training</h2>
-{curves}'''
+{curves}
+<h2>What next</h2>
+{next_steps}'''
 #: What each picture shows.
 _PICTURES = {'detections': 'detections of both forms on validation images',
              'curves': 'loss and average precision over the iterations'}
@@ -55,7 +60,9 @@ def write_report(train_dir: str | Path, deployed_dir: str | Path, out: str | Pat
     results = json.loads((deployed_dir / 'report.json').read_text())
     dataset = Config.fromfile(configs[0]).val_dataloader.dataset
     folder = Path(dataset.data_root) / dataset.data_prefix.img
-    images = sorted(path for path in folder.iterdir() if path.is_file())[:num_images]
+    annotations = json.loads((Path(dataset.data_root) / dataset.ann_file).read_text('utf-8'))
+    images = [folder / name for name in sorted(image['file_name'] for image in
+                                               annotations['images'])[:num_images]]
     forms = load_forms((configs[0], Path(checkpoint)),
                        (deployed_dir / 'config.py', deployed_dir / 'model.pth'))
     pictures = {'detections': draw_detections(forms, images),
@@ -69,8 +76,44 @@ def write_report(train_dir: str | Path, deployed_dir: str | Path, out: str | Pat
             'of the training form include the squeezing of all kernels once.')
     with written_whole(out) as path:
         path.write_text(html_page(configs[0].stem, _BODY.format(
-            table=table, note=html.escape(note), **encoded)), encoding='utf-8')
+            table=table, note=html.escape(note), **encoded,
+            next_steps=html_commands(next_steps(configs[0], deployed_dir, results)))),
+            encoding='utf-8')
     return out
+
+
+def next_steps(config: Path, deployed_dir: Path, results: Mapping[str, Any]
+               ) -> list[tuple[str, list[list[str]]]]:
+    """What to do after a run: what it is, and its command lines as words.
+
+    Args:
+        config: The config that the run left in its work folder.
+        deployed_dir: Output folder of the re-parameterization.
+        results: Its `report.json`.
+    """
+    try:
+        name = str(find_config(config.name).name)
+    except FileNotFoundError:  # a config of the user's own
+        name = str(config)
+    tool, data = ['mim', 'run', 'orepa_mm'], ['--data-root', 'MY_DATA']
+    train = ['mim', 'train', 'orepa_mm', name, *data]
+    deployed = str(deployed_dir / 'config.py'), str(deployed_dir / 'model.pth')
+    return [
+        ('Data of your own, in the layout that the config reads: look through them, try a run '
+         'in small, train.',
+         [[*tool, 'check_data', name, *data], [*train, '--dry-run', '2'],
+          [*train, '--work-dir', 'work_dirs/mine']]),
+        ('Start from the weights of the same network without OREPA, trained before: they are '
+         'expanded, and compute the same.',
+         [[*tool, 'expand', name, 'PLAIN.pth', 'expanded.pth', *data],
+          [*train, '--cfg-options', 'load_from=expanded.pth']]),
+        ('Does OREPA gain anything on your data? Train both, over several seeds.',
+         [[*tool, 'compare', name, *data, '--variants', 'plain', 'orepa', '--out', 'comparison']]),
+        ('Use the deployed model: on images, and tested where this package is not installed.',
+         [[*tool, 'predict', str(deployed_dir), 'IMAGES', '--out', 'predictions'],
+          ['mim', 'test', str(results.get('package') or 'PACKAGE'), deployed[0], '--checkpoint',
+           deployed[1]]]),
+    ]
 
 
 def _save(figure: Figure, path: Path) -> bytes:

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+from mmengine.registry import METRICS
 from mmengine.runner import find_latest_checkpoint
-from toy_run import toy_config, train
+from toy_run import ToyMetric, toy_config, train
 
 from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.engine import build_runner
@@ -111,3 +112,24 @@ def test_a_checkpoint_that_is_named_is_taken(folder):
 
 def test_the_first_start_with_resume(tmp_path):
     assert train(tmp_path, max_iters=2, resume=True, experiment_name='first').iter == 2
+
+
+def test_killed_before_the_last_validation(tmp_path):
+    """The checkpoint of the last iteration is written before that is validated."""
+    scores = []
+
+    class Metric(ToyMetric):
+        def compute_metrics(self, results):
+            scores.append(super().compute_metrics(results))
+            return scores[-1]
+
+    METRICS.register_module(module=Metric, name='ToyMetric', force=True)
+    try:
+        train(tmp_path, scores=range(6), experiment_name='whole')
+        assert len(scores) == 6
+        train(tmp_path, scores=[9], resume=True, experiment_name='again')
+        assert [score['acc'] for score in scores[6:]] == [9]
+        train(tmp_path, scores=[10, 11], resume=True, max_iters=8, experiment_name='more')
+        assert [score['acc'] for score in scores[7:]] == [10, 11]
+    finally:
+        METRICS.register_module(module=ToyMetric, name='ToyMetric', force=True)

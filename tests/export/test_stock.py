@@ -12,6 +12,7 @@ from mmengine.registry import DefaultScope, init_default_scope
 
 from orepa_mm.checkpoints import load_weights
 from orepa_mm.export import deploy_config, save_deployed
+from orepa_mm.export.stock import portable_text
 from orepa_mm.reparam import reparameterize
 
 MODEL = dict(
@@ -241,3 +242,35 @@ def test_a_lazy_config_and_scoped_names_lose_everything_of_ours():
     assert found.custom_hooks == [dict(type='mmengine.EMAHook')]
     assert found.optim_wrapper == dict(paramwise_cfg=dict(norm_decay_mult=0))
     assert 'orepa' not in found.pretty_text.lower()
+
+
+@pytest.mark.parametrize('root', ['/data/my shapes', "it's/here/", 'data'])
+@pytest.mark.parametrize('at_top', [True, False])
+def test_one_line_moves_a_deployed_config_to_other_data(tmp_path, root, at_top):
+    """Every path below the folder follows its first line, and no other."""
+    dataset = dict(type='CocoDataset', data_root=root, ann_file='annotations/val.json')
+    below, beside = root.rstrip('/') + '/annotations/val.json', root.rstrip('/') + '-2/val.json'
+    cfg = Config(dict(
+        model=dict(type='X'), test_dataloader=dict(dataset=dict(dataset=dataset)),
+        test_evaluator=[dict(ann_file=below), dict(ann_file=beside)],
+        **(dict(data_root=root) if at_top else {})))
+    text = portable_text(cfg)
+    (tmp_path / 'config.py').write_text(text)
+    assert Config.fromfile(tmp_path / 'config.py').to_dict() == {
+        **cfg.to_dict(), 'data_root': root}
+    first, rest = text.split('\n', 1)
+    assert first.startswith(f'data_root = {root!r}')
+    end = '/' if root.endswith('/') else ''
+    (tmp_path / 'moved.py').write_text(f'data_root = "/new{end}"\n{rest}')
+    moved = Config.fromfile(tmp_path / 'moved.py')
+    assert moved.test_dataloader.dataset.dataset.data_root == f'/new{end}'
+    assert [metric.ann_file for metric in moved.test_evaluator] == [
+        '/new/annotations/val.json', beside]
+
+
+def test_configs_without_one_folder_stay_as_they_are():
+    for content in (dict(model=dict(type='X')),
+                    dict(data_root='x', model=dict(type='X')),
+                    {f'{split}_dataloader': dict(dataset=dict(data_root=split))
+                     for split in ('train', 'val')}):
+        assert portable_text(Config(content)) == Config(content).pretty_text
