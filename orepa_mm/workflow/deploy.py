@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 from mmengine.config import Config
+from mmengine.dist import is_distributed
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -34,13 +35,20 @@ from ..engine import (
     without_reparam_test,
 )
 from ..engine.metrics import changed_metrics, metrics_at_chance, tested_metrics
-from ..errors import CheckpointError, VerificationError
-from ..export.onnx import compare_onnx, export_onnx, require_onnx
+from ..errors import CheckpointError, ConfigError, VerificationError
+from ..export.onnx import (
+    compare_end2end,
+    compare_onnx,
+    export_end2end,
+    export_onnx,
+    require_onnx,
+)
 from ..export.stock import deploy_config, require_safetensors, save_deployed
 from ..files import folder_written_whole
 from ..layers.precision import exact_float32
 from ..reparam import is_training_form, reparameterize
 from ..reparam.verify import verify
+from .end2end import resizing, tested_end2end
 from .evidence import (
     built_model,
     checkpoint_meta,
@@ -48,6 +56,7 @@ from .evidence import (
     largest_differences,
     machine_of,
 )
+from .quantization import quantize_deployed
 from .summary import FORMS
 
 #: All files that a re-parameterization may write.
@@ -56,7 +65,8 @@ _OUTPUTS = ('model.pth', 'config.py', 'model.safetensors', 'report.json')
 
 def reparameterize_checkpoint(
     cfg: Config, checkpoint: str | Path, folder: str | Path, *, form: str = 'plain',
-    test: bool = True, onnx: bool = False, safetensors: bool = False,
+    test: bool = True, onnx: bool = False, end2end: bool = False,
+    int8: Mapping[str, Any] | None = None, safetensors: bool = False,
     save_unverified: bool = False, tta: bool = False, show_dir: str | Path | None = None,
     num_images: int = 4, latency_rounds: int = 20,
 ) -> dict[str, Any]:
@@ -75,6 +85,10 @@ def reparameterize_checkpoint(
             `folded`, the same with BN folded into the convolutions.
         test: Whether to test both forms on the whole test set.
         onnx: Whether to export to ONNX as well, and to compare it in ONNX Runtime.
+        end2end: Whether to write one ONNX file from the image to boxes as well, and to
+            compare and test it.
+        int8: Options of `quantize_deployed` to write the ONNX network in int8 as well; None:
+            it is not written. Needs `form='folded'` and `onnx=True`.
         safetensors: Whether to write the weights as safetensors as well.
         save_unverified: Save although the two forms differ; the report and the
             checkpoint's meta say so.
@@ -89,10 +103,11 @@ def reparameterize_checkpoint(
     Raises:
         CheckpointError: If the checkpoint does not belong to the config, or is
             deployed already.
-        ConfigError: If the config has no deployed counterpart.
+        ConfigError: If the config has no deployed counterpart, or int8 lacks what it needs.
         NothingToConvertError: If the model has nothing to re-parameterize.
         VerificationError: If outputs of the two forms differ, or a metric does
-            and not every output could be compared (else it is a warning).
+            and not every output could be compared (else it is a warning), or int8 loses
+            more than it may.
         FileExistsError: If the output would overwrite the checkpoint, or cannot
             replace an earlier one as a whole.
         OnnxExportError: If the model has no ONNX form.
@@ -100,7 +115,10 @@ def reparameterize_checkpoint(
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     _require_files(folder, checkpoint)
-    if onnx:
+    if int8 is not None and (form != 'folded' or not onnx):
+        raise ConfigError('int8 is made of the folded ONNX network: form must be folded, and onnx '
+                          'asked for')
+    if onnx or end2end:
         require_onnx()
     if safetensors:
         require_safetensors()
@@ -121,8 +139,10 @@ def reparameterize_checkpoint(
         if problems and not save_unverified:
             raise VerificationError('the re-parameterized model does not compute the same '
                                     'function, nothing was saved.\n' + '\n'.join(problems))
-        if onnx:  # before the test, which takes longer
-            report['onnx'], different = on_main_process(job.export)
+        exports = {'onnx': (onnx, job.export), 'end2end': (end2end, job.export_end2end)}
+        for name in [name for name, (wanted, _) in exports.items() if wanted]:
+            # before the test, which takes longer
+            report[name], different = on_main_process(exports[name][1])
             problems += different
             if problems and not save_unverified:
                 raise VerificationError('the ONNX file does not compute the same, nothing was '
@@ -139,6 +159,13 @@ def reparameterize_checkpoint(
                     'a metric moved, nothing was saved.\n' + '\n'.join(problems) + '\nThe raw '
                     f'outputs agree on {report["images"]} images, but not all could be compared:\n'
                     f'{report["verification"]["explanation"]}')
+        if end2end:
+            job.test_end2end(runner, report, tta)
+            if problems and not save_unverified:
+                raise VerificationError('a metric of the end-to-end ONNX file is another, nothing '
+                                        'was saved.\n' + '\n'.join(problems))
+        if int8 is not None:
+            report['int8'] = quantize_deployed(cfg, temporary, **int8)
         report['notes'] += _notes(report, before)
         on_main_process(lambda: job.finish(report, safetensors))
         on_main_process(stack.close)
@@ -197,13 +224,50 @@ class _Deployment:
     def export(self) -> tuple[dict[str, Any], list[str]]:
         """Write ONNX; what is in it, how it compares with PyTorch, and what is wrong with it."""
         print_log('exporting to ONNX', 'current')
-        exported = export_onnx(self.after, self.batches[0], self.folder / 'model.onnx', meta={
-            key: self.meta[key]
-            for key in ('form', 'source', 'source_sha256', 'versions', 'verified')})
+        exported = export_onnx(self.after, self.batches[0], self.folder / 'model.onnx',
+                               meta=self._source())
         print_log('comparing ONNX Runtime with PyTorch', 'current')
         comparison = compare_onnx(self.after, self.batches, self.folder / 'model.onnx')
         report = {**exported.as_dict(), **comparison.as_dict(), 'largest': comparison.largest}
         return report, [] if comparison.passed else [comparison.explain()]
+
+    def export_end2end(self) -> tuple[dict[str, Any], list[str]]:
+        """Write one file from pixels to predictions; as of `export`."""
+        path = self.folder / 'model_end2end.onnx'
+        print_log('exporting to one ONNX file from the image to the end', 'current')
+        how, fill = resizing(self.cfg, self.batches[0])
+        exported = export_end2end(self.after, self.batches[0], path, fill=fill,
+                                  meta={**self._source(), **how})
+        comparison = compare_end2end(self.after, self.batches, path)
+        report = {**exported.as_dict(), **how, **comparison.as_dict()}
+        return report, [] if comparison.passed else [comparison.explain()]
+
+    def test_end2end(self, runner: Runner, report: dict[str, Any], tta: bool) -> None:
+        """Add the metrics of that file to the report, and what of them moved."""
+        reason = ('no metric was tested' if 'metrics' not in report else
+                  'test-time augmentation is not in it' if tta else
+                  'one process alone tests it' if is_distributed() else
+                  'label maps have the size of its input, and the metric is that of the original '
+                  'images' if report['end2end']['task'] == 'segmentation' else None)
+        if reason:
+            report['notes'].append(f'the end-to-end ONNX file was compared on {report["images"]} '
+                                   f'images, and not tested: {reason}')
+            return
+        print_log('testing the end-to-end ONNX file', 'current')
+        found = tested_end2end(runner, self.after, self.folder / 'model_end2end.onnx',
+                               report['metrics']['deployed'])
+        report['end2end'].update(found)
+        if found['other_size']:  # no two sizes of padding give the same features
+            report['notes'].append(
+                f'{found["other_size"]} test images are not of the size of the end-to-end ONNX '
+                'file: it saw them with other padding, or cut')
+            report['warnings'] += found['moved']
+        else:
+            report['problems'] += found['moved']
+
+    def _source(self) -> dict[str, Any]:
+        return {key: self.meta[key]
+                for key in ('form', 'source', 'source_sha256', 'versions', 'verified')}
 
     def finish(self, report: dict[str, Any], safetensors: bool) -> None:
         """Write the files once more, now that all is known that they say."""
@@ -224,7 +288,7 @@ def _require_files(folder: Path, checkpoint: Path) -> None:
 
 def _require_training_form(model: nn.Module, checkpoint: Path) -> None:
     """Tell a deployed model from one that never had anything to re-parameterize."""
-    form = load_checkpoint(checkpoint).get('meta', {}).get('form')
+    form = (load_checkpoint(checkpoint).get('meta') or {}).get('form')
     if form is not None:
         raise CheckpointError(
             f'{checkpoint} is in {form} form already, where the training form is expected. Give '

@@ -119,6 +119,9 @@ def split_model_arguments(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
     """
     first, *rest = words
     suffix = Path(first).suffix
+    if Path(first).name == 'model_end2end.onnx':
+        raise ConfigError(f'{first} needs neither PyTorch nor this package: run '
+                          f'examples/onnx_predict.py on it, or give the folder that it lies in')
     if suffix == '.onnx':
         raise ConfigError(f'{first} holds the network alone, and what makes boxes, label maps or '
                           'classes of its outputs is in PyTorch: give the folder that it lies in')

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from .quantization_report import quantization_table
 
 #: The columns: what a number of the report is of.
 FORMS = ('training', 'deployed')
@@ -46,14 +49,23 @@ def print_report(report: dict[str, Any], folder: str | Path) -> None:
         print(f'left out of the checkpoint: {dropped}')
     needs = ('the stock model, which tests without orepa_mm' if report['form'] == 'plain'
              else 'BN folded; testing it needs orepa_mm installed')
+    command = ['mim', 'test', report['package'], str(folder / 'config.py'), '--checkpoint',
+               str(folder / 'model.pth')]
     print(f'saved {folder / "model.pth"} and {folder / "config.py"}: {needs}:\n'
-          f'  mim test {report["package"]} {folder / "config.py"} --checkpoint '
-          f'{folder / "model.pth"}')
+          f'  {shlex.join(command)}')
     if 'onnx' in report:
         files = ', '.join(str(folder / name) for name in report['onnx']['files'])
         print(f'saved {files}: preprocessed images to raw outputs, any number of images'
               + (' of any size' if report['onnx']['dynamic_size'] else ' of one size '
                  f'({report["onnx"]["reason"]})'))
+    if 'end2end' in report:
+        found = report['end2end']
+        print(f'saved {folder / found["file"]}: any number of images of {found["resize_height"]} x '
+              f'{found["resize_width"]} pixels (resize: {found["resize"]}) to '
+              + ', '.join(found['outputs']))
+    if 'int8' in report:
+        print(f'\n{quantization_table(report["int8"])}\n\nsaved '
+              + ', '.join(str(folder / name) for name in report['int8']['files']))
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -90,4 +102,21 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         if boxes:
             rows.append(('final boxes that ONNX Runtime finds as well', '',
                          f'{boxes["matched"]} of {boxes["boxes"]}'))
+    if 'end2end' in report:
+        rows += _end2end_rows(report['end2end'])
+    return rows
+
+
+def _end2end_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [(f'end-to-end ONNX file: {name}', '', f'{value:.4f}')
+            for name, value in found.get('metrics', {}).items() if value != -1]
+    if found['boxes']:
+        rows.append(('final boxes that the end-to-end ONNX file finds as well', '',
+                     f'{found["boxes"]["matched"]} of {found["boxes"]["boxes"]}'))
+    elif found['pixels']:
+        rows.append(('pixels that the end-to-end ONNX file labels otherwise', '',
+                     f'{found["pixel_flips"]} of {found["pixels"]}'))
+    else:
+        rows.append(('largest difference of a probability of the end-to-end ONNX file', '',
+                     f'{found["probability_difference"]:.1e}'))
     return rows

@@ -9,7 +9,7 @@ import sys
 import onnx
 import pytest
 import torch
-from helpers import ROOT, relative_error, vary_scales
+from helpers import ROOT, relative_error, run, vary_scales
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
@@ -186,6 +186,32 @@ def test_onnx(folder, capsys):
     deploy(folder, folder / 'onnx', test=False)  # replaced as a whole: no graph of other weights
     assert sorted(p.name for p in (folder / 'onnx').iterdir()) == [
         'config.py', 'model.pth', 'report.json']
+
+
+def test_end2end(folder, capsys):
+    """The file alone, with numpy and Pillow, gives the boxes that it gave in the test."""
+    out = folder / 'end to end'
+    report = deploy(folder, out, end2end=True)
+    assert sorted(p.name for p in out.iterdir()) == [
+        'config.py', 'model.pth', 'model_end2end.onnx', 'report.json']
+    found = json.loads((out / 'report.json').read_text())['end2end']
+    assert found['passed']
+    assert found['boxes']['matched'] > 0
+    assert found['other_size'] == 0
+    assert found['metrics'] == pytest.approx(report['metrics']['deployed'], abs=5e-4)
+    assert (found['resize'], found['resize_height'], found['resize_width']) == ('fit', 256, 256)
+    print_report(report, out)
+    assert 'model_end2end.onnx: any number of images of 256 x 256' in capsys.readouterr().out
+    image = next(path for path in (folder / 'data').rglob('*') if path.suffix in ('.png', '.jpg'))
+    printed = run('examples/onnx_predict.py', out / 'model_end2end.onnx', image, '--out',
+                  folder / 'drawn image.png')
+    assert (folder / 'drawn image.png').is_file()
+    rows = [line.split() for line in printed.splitlines()]
+    assert {row[0] for row in rows} <= {'circle', 'square', 'triangle'}
+    boxes = torch.tensor([[float(number) for number in row[2:]] for row in rows])
+    assert boxes.shape == (100, 4)
+    assert boxes.max() <= 64  # pixels of the original image
+    assert boxes.max() > 40
 
 
 def test_a_wrong_onnx_is_not_saved(folder, monkeypatch):

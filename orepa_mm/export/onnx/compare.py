@@ -56,7 +56,7 @@ def compare_onnx(model: nn.Module, batches: Tensor | Mapping[str, Any] | Sequenc
     if not batches:
         return OnnxReport(())
     graphs = network_graphs(model, batches[0])
-    sessions = {name: _Session(file) for name, file in graph_files(Path(path), graphs).items()}
+    sessions = {name: Session(file) for name, file in graph_files(Path(path), graphs).items()}
     size = sessions['network'].size
     errors: list[GraphError] = []
     boxes = BoxComparison() if selecting_stages(model) else None
@@ -64,7 +64,7 @@ def compare_onnx(model: nn.Module, batches: Tensor | Mapping[str, Any] | Sequenc
     pairs = [pair for pair in pairs if size in (None, pair[0].shape[2:])]
     with torch.no_grad():
         if boxes is not None and pairs:
-            other = _detector_of_sessions(model, sessions, graphs['network'](model, pairs[0][0]))
+            other = detector_of_sessions(model, sessions, graphs['network'](model, pairs[0][0]))
         for inputs, samples in pairs:
             errors += _output_errors(model, graphs, sessions, inputs, samples)
             if boxes is not None:
@@ -80,7 +80,7 @@ def compare_onnx(model: nn.Module, batches: Tensor | Mapping[str, Any] | Sequenc
     return OnnxReport(tuple(errors), boxes)
 
 
-class _Session:
+class Session:
     """A file in ONNX Runtime: tensors in, tensors by name out."""
 
     def __init__(self, path: Path) -> None:
@@ -95,6 +95,7 @@ class _Session:
         self.size = size if all(isinstance(length, int) for length in size) else None
 
     def __call__(self, inputs: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """Run it, on the CPU."""
         names = [value.name for value in self.session.get_inputs()]
         found = self.session.run(None, {
             name: tensor.numpy() for name, tensor in zip(names, as_list(inputs))})
@@ -103,13 +104,13 @@ class _Session:
 
 
 def _output_errors(model: nn.Module, graphs: Mapping[str, Callable],
-                   sessions: Mapping[str, _Session], inputs: Tensor, samples: list | None
+                   sessions: Mapping[str, Session], inputs: Tensor, samples: list | None
                    ) -> Iterator[GraphError]:
     """The error of each output of each graph, on PyTorch's features and proposals."""
     shape, feed, outputs = tuple(inputs.shape), inputs, {}
     for graph, function in graphs.items():
         if graph == 'bbox':
-            feed = _roi_inputs(model, outputs, samples)
+            feed = roi_inputs(model, outputs, samples)
         elif graph == 'mask':
             feed = [*feed[:-1], feed[-1][:100]]  # as StandardRoIHead.forward does
         outputs = function(model, feed)
@@ -124,12 +125,12 @@ def _output_errors(model: nn.Module, graphs: Mapping[str, Callable],
                              scale_relative_error(expected.get(name), found.get(name)))
 
 
-def _roi_inputs(model: nn.Module, outputs: dict[str, Any], samples: list) -> list[Tensor]:
+def roi_inputs(model: nn.Module, outputs: dict[str, Any], samples: list) -> list[Tensor]:
     """Features and `rois (R, 5)`, selected by MMDetection from the outputs of the first stage."""
     from mmdet.structures.bbox import bbox2roi
 
     features, *head_outputs = outputs.values()
-    rpn_head = _shallow(model.rpn_head)
+    rpn_head = shallow_copy(model.rpn_head)
     rpn_head.forward = lambda x: tuple(head_outputs)
     proposals = rpn_head.predict(features, samples, rescale=False)
     return [*features, bbox2roi([image.bboxes for image in proposals])]
@@ -146,13 +147,13 @@ def _compare_boxes(boxes: BoxComparison, model: nn.Module, other: nn.Module, inp
                   cfg.get('max_per_img', 0))
 
 
-def _detector_of_sessions(model: nn.Module, sessions: Mapping[str, _Session],
-                          outputs: dict[str, Any]) -> nn.Module:
+def detector_of_sessions(model: nn.Module, sessions: Mapping[str, Session],
+                         outputs: dict[str, Any]) -> nn.Module:
     """The detector with ONNX Runtime in place of its network: without its backbone and neck.
 
     `outputs` are any of its raw outputs: only their structure is taken.
     """
-    detector = _shallow(model)
+    detector = shallow_copy(model)
     leaves, spec = tree_flatten(outputs)
     latest: dict[str, Any] = {}
 
@@ -166,16 +167,16 @@ def _detector_of_sessions(model: nn.Module, sessions: Mapping[str, _Session],
         detector._modules.pop(part, None)
     detector.extract_feat = extract_feat
     name = 'rpn_head' if 'bbox' in sessions else 'bbox_head'
-    head = detector._modules[name] = _shallow(getattr(model, name))
+    head = detector._modules[name] = shallow_copy(getattr(model, name))
     head.forward = lambda x: tuple(latest.values())
     if 'bbox' in sessions:
-        roi_head = detector._modules['roi_head'] = _shallow(model.roi_head)
+        roi_head = detector._modules['roi_head'] = shallow_copy(model.roi_head)
         roi_head._bbox_forward = lambda x, rois: {'bbox_pred': None, **sessions['bbox']([*x, rois])}
         roi_head._mask_forward = lambda x, rois: sessions['mask']([*x, rois])
     return detector
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
     """A copy that shares parameters and children, but may be given others."""
     module = copy.copy(module)
     module._modules = dict(module._modules)

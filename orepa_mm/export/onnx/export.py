@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -104,7 +104,7 @@ def export_onnx(model: nn.Module, batch: Tensor | Mapping[str, Any], path: str |
     model = prepared(model)
     if sum(p.nbytes for p in chain(model.parameters(), model.buffers())) >= _MAX_BYTES:
         raise OnnxExportError('the weights take more than 2 GB, the limit of a single ONNX file')
-    meta = {**_preprocessing(model), **{
+    meta = {**preprocessing_meta(model), **{
         key: value if isinstance(value, str) else json.dumps(value, default=str)
         for key, value in (meta or {}).items()}}
     graphs = network_graphs(model, batch)
@@ -123,8 +123,8 @@ def export_onnx(model: nn.Module, batch: Tensor | Mapping[str, Any], path: str |
             onnx.helper.set_model_props(proto, {**meta, 'graph': name})
             onnx.save(proto, str(stack.enter_context(written_whole(files[name]))))
     return OnnxExport(
-        files, {name: _shapes(proto.graph.input) for name, proto in protos.items()},
-        {name: _shapes(proto.graph.output) for name, proto in protos.items()},
+        files, {name: named_shapes(proto.graph.input) for name, proto in protos.items()},
+        {name: named_shapes(proto.graph.output) for name, proto in protos.items()},
         dynamic_size and reason is None, reason)
 
 
@@ -144,28 +144,60 @@ def _traced(model: nn.Module, graphs: Mapping[str, Callable], shape: Sequence[in
             sizes = [*({dim: f'{size}_{level}' if dim else size for dim, size in sizes.items()}
                        for level in range(len(features))), {0: 'rois'}]
             inputs = [*features, torch.tensor([[0., 0, 0, 50, 50], [1., 0, 0, 150, 150]])]
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                outputs = list(named_tensors(function(model, inputs)))
-                program = torch.onnx.export(
-                    TracedGraph(model, function), (inputs,), dynamo=True, opset_version=OPSET,
-                    input_names=names, output_names=outputs, dynamic_shapes=(sizes,), verbose=False)
-        except Exception as error:  # whatever a model's code raises while it is traced
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = str(cause)[:500] or type(cause).__name__
-            raise OnnxExportError(f'PyTorch cannot export the graph {graph} of '
-                                  f'{type(model).__name__}: {reason}') from error
-        protos[graph] = _cleaned(program.model_proto)
-        found = _shapes(protos[graph].graph.input)
+        what = f'the graph {graph} of {type(model).__name__}'
+        with _explaining(what), torch.no_grad():
+            outputs = list(named_tensors(function(model, inputs)))
+        protos[graph] = exported_graph(TracedGraph(model, function), (inputs,), what, names,
+                                       outputs, (sizes,))
+        found = named_shapes(protos[graph].graph.input)
         fixed = [f'dimension {dim} of {name}' for name, dims in zip(names, as_list(sizes))
                  for dim in dims if isinstance(found[name][dim], int)]
         if fixed:
             raise OnnxExportError(f'the graph {graph} of {type(model).__name__} works for one size '
                                   f'only of {", ".join(fixed)}')
     return protos
+
+
+def exported_graph(module: nn.Module, args: tuple, what: str, inputs: Sequence[str],
+                   outputs: Sequence[str], dynamic_shapes: Any,
+                   translations: Mapping[Callable, Callable] | None = None) -> Any:
+    """The ONNX graph of a module, which PyTorch's exporter writes.
+
+    Args:
+        module: In eval mode; it returns tensors.
+        args: What it is called with while it is traced.
+        what: The graph, as messages call it.
+        inputs: Names of its inputs.
+        outputs: Names of its outputs.
+        dynamic_shapes: As of `torch.onnx.export`.
+        translations: Of operators that are not PyTorch's own.
+
+    Raises:
+        OnnxExportError: If PyTorch cannot export it.
+    """
+    with _explaining(what), torch.no_grad():
+        program = torch.onnx.export(
+            module, args, dynamo=True, opset_version=OPSET, input_names=inputs,
+            output_names=outputs, dynamic_shapes=dynamic_shapes, verbose=False,
+            custom_translation_table=translations)
+    return _cleaned(program.model_proto)
+
+
+@contextmanager
+def _explaining(what: str) -> Iterator[None]:
+    """Name the graph in the error, whatever a model's code raises while it is traced."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    except OnnxExportError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause)[:500] or type(cause).__name__
+        raise OnnxExportError(f'PyTorch cannot export {what}: {reason}') from error
 
 
 def _cleaned(proto: Any) -> Any:
@@ -182,13 +214,26 @@ def _cleaned(proto: Any) -> Any:
     return proto
 
 
-def _shapes(values: Any) -> dict[str, list[int | str]]:
+def named_shapes(values: Any) -> dict[str, list[int | str]]:
+    """Shapes of inputs or outputs of an ONNX graph by name; a name stands for a dynamic size.
+
+    Args:
+        values: Of the graph.
+    """
     return {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
             for value in values}
 
 
-def _preprocessing(model: nn.Module) -> dict[str, str]:
-    """What the model expects of its input and says about its classes, as text."""
+def preprocessing_meta(model: nn.Module) -> dict[str, str]:
+    """What a model expects of its input and says about its classes, as text.
+
+    Args:
+        model: Of any toolbox.
+
+    Returns:
+        `mean`, `std`, `channel_order`, `pad_size_divisor`, `pad_value`, `classes`, as far as
+        they are known; lists are JSON.
+    """
     found: dict[str, Any] = {}
     preprocessor = getattr(model, 'data_preprocessor', None)
     if getattr(preprocessor, '_enable_normalize', False):

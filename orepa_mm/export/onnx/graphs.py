@@ -101,12 +101,22 @@ def first_stage(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
         model: A two-stage detector.
         inputs: Images `(N, 3, H, W)`.
     """
-    features, roi_head = model.extract_feat(inputs), model.roi_head
+    features = model.extract_feat(inputs)
+    return {'features': roi_features(model, features),
+            **_head_outputs(model.rpn_head, features, prefix='rpn_')}
+
+
+def roi_features(model: nn.Module, features: Sequence[Tensor]) -> list[Tensor]:
+    """Those features that the RoI head takes.
+
+    Args:
+        model: A two-stage detector.
+        features: By level, the finest first.
+    """
+    roi_head = model.roi_head
     extractors = [roi_head.bbox_roi_extractor, *(
         [roi_head.mask_roi_extractor] if roi_head.with_mask else [])]
-    count = max(extractor.num_inputs for extractor in extractors)
-    return {'features': list(features[:count]),
-            **_head_outputs(model.rpn_head, features, prefix='rpn_')}
+    return list(features[:max(extractor.num_inputs for extractor in extractors)])
 
 
 def _bbox_stage(model: nn.Module, inputs: list[Tensor]) -> dict[str, Any]:

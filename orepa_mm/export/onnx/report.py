@@ -170,3 +170,48 @@ class OnnxReport:
         """Plain types only, for a file."""
         return {'passed': self.passed, 'errors': [asdict(error) for error in self.errors],
                 'boxes': self.boxes and self.boxes.as_dict()}
+
+
+@dataclass
+class EndToEndReport:
+    """What `compare_end2end` found.
+
+    Attributes:
+        task: `detection`, `segmentation` or `classification`.
+        boxes: Final boxes and masks of a detector, in pixels of the input.
+        images: How many were compared.
+        pixels: Number of pixels of all label maps.
+        pixel_flips: How many of these have another label.
+        probability_difference: Largest difference of a class's probability.
+    """
+
+    task: str
+    boxes: BoxComparison | None = None
+    images: int = 0
+    pixels: int = 0
+    pixel_flips: int = 0
+    probability_difference: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether all is within tolerance; false if nothing was compared."""
+        return (self.images > 0 and (self.boxes is None or self.boxes.passed)
+                and self.pixel_flips <= MASK_TOLERANCE * self.pixels
+                and self.probability_difference <= SCORE_TOLERANCE)
+
+    def explain(self) -> str:
+        """What differs, in words."""
+        if not self.images:
+            return 'there was no image to compare the end-to-end ONNX file and PyTorch on'
+        if self.passed:
+            return 'the end-to-end ONNX file predicts what PyTorch predicts'
+        differences = self.boxes.as_dict() if self.boxes else {
+            'pixels': self.pixels, 'pixel_flips': self.pixel_flips,
+            'probability_difference': self.probability_difference}
+        return 'predictions of the end-to-end ONNX file differ: ' + ', '.join(
+            f'{key} {value}' for key, value in differences.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types only, for a file."""
+        return {'passed': self.passed, **asdict(self),
+                'boxes': self.boxes and self.boxes.as_dict()}
