@@ -65,7 +65,7 @@ def test_what_is_refused(trained, tmp_path):
         orepa_mm.load(folder)
     (folder / 'model.pth').write_bytes(weights)
     (folder / 'config.py').write_text(text[:len(text) // 2])
-    with pytest.raises(ConfigError, match=r'config\.py could not be read'):
+    with pytest.raises(ConfigError, match=r'config\.py cannot be read'):
         orepa_mm.load(folder)
     (folder / 'config.py').write_text("default_scope = 'mmpretrain'")
     with pytest.raises(ConfigError, match='names no model'):

@@ -31,7 +31,7 @@ from orepa_mm.analysis.measure import (
     peak_allocation,
     time_calls,
 )
-from orepa_mm.errors import ConfigError
+from orepa_mm.errors import ConfigError, run_tool
 from orepa_mm.layers import OREPAConv2d
 
 TWO_STAGE = 'configs/faster_rcnn/faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
@@ -252,7 +252,9 @@ def test_tool_says_what_is_wrong(monkeypatch, capsys):
             ([TWO_STAGE, '--cfg-options', 'model.backbone.deploy=True'], 'in training form')):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, 'argv', ['benchmark.py', *arguments])
-        assert runpy.run_path('tools/benchmark.py')['main']() == 1
+        with pytest.raises(SystemExit) as stop:
+            run_tool(runpy.run_path('tools/benchmark.py')['main'])
+        assert stop.value.code == 1
         error = capsys.readouterr().err
         assert error.startswith('error: ')
         assert message in error

@@ -189,6 +189,6 @@ def test_the_tool_says_what_is_wrong(tmp_path):
         [tool, CONFIG, 'none.pth', '--launcher', 'pytorch'], [tool, '-h'])
     for (code, output), (wanted, text) in zip(results, [
             (1, 'none.pth'), (1, 'other.pth'), (1, 'not in training form'),
-            (1, 'no_such_config.py'), (2, 'must be a folder'), (2, '--launcher'), (0, 'usage')]):
+            (1, 'no_such_config.py'), (1, 'cannot be a folder'), (2, '--launcher'), (0, 'usage')]):
         assert (code, 'Traceback' in output) == (wanted, False), output
         assert text in output

@@ -30,7 +30,7 @@ from orepa_mm.analysis.cost_table import (
 )
 from orepa_mm.analysis.measure import count_operations, saved_bytes
 from orepa_mm.analysis.training_cost import Settings, measure_squeeze, measure_step
-from orepa_mm.errors import ConfigError
+from orepa_mm.errors import ConfigError, run_tool
 
 DETECTOR = 'configs/retinanet/retinanet_orepa-r18-light_fpn_400i_coco.py'
 TINY = ('--shape', '2', '3', '32', '32', '--base-channels', '8')
@@ -54,7 +54,9 @@ def _small_and_not_compiled(monkeypatch):
 def tool(monkeypatch, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
-    return runpy.run_path('tools/benchmark.py')['main']()
+    with pytest.raises(SystemExit) as stop:
+        run_tool(runpy.run_path('tools/benchmark.py')['main'])
+    return stop.value.code
 
 
 def read(path):
@@ -305,11 +307,12 @@ def test_a_command_or_a_config(monkeypatch, capsys):
     assert parse(['--rounds', '3', 'a.py']).config == 'a.py'
     assert parse(['step', '--launch-bound']).launch_bound
     for arguments, message in ((['step', '--rounds', '0'], 'must be 1 at least'),
-                               (['squeeze', '--out', str(ROOT / 'Makefile')], 'must be a folder'),
                                ([], 'required: config')):
         with pytest.raises(SystemExit):
             parse(arguments)
         assert message in capsys.readouterr().err
+    assert tool(monkeypatch, 'squeeze', '--out', ROOT / 'Makefile') == 1
+    assert 'cannot be a folder' in capsys.readouterr().err
     assert tool(monkeypatch, 'tables', ROOT / 'docs') == 1
     assert 'error: ' in capsys.readouterr().err
     assert tool(monkeypatch, 'optimizer', 'missing.py') == 1

@@ -92,6 +92,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(tmp_path):
         runner.train()
     assert error.value.filename == handler.baseFilename
     handler.stream = None  # it would fail once more at the end
+    runner.logger.removeHandler(handler)  # other tests may meet this logger
 
 
 def test_how_images_are_resized():

@@ -85,6 +85,7 @@ def test_a_step_that_fails_is_named(tmp_path, monkeypatch, step, words):
     assert [path for path in left(tmp_path) if path.name != 'file'] == []
 
 
+@pytest.mark.long
 def test_a_classifier_as_a_user_runs_it(tmp_path):
     """The whole way to the deployed form; the tool ends with 1 where data fail in the middle."""
     make_shapes_imagenet(tmp_path / 'data', 12, 12, 32)
