@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,15 @@ def run_each(*commands):
     """
     lines = json.dumps([[str(word) for word in command] for command in commands])
     return json.loads(run('-c', ONE_AFTER_ANOTHER, lines).splitlines()[-1])
+
+
+def exit_code(tool, *words):
+    """Run a tool in this process, which saves the imports too; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [Path(tool).name, *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / tool), run_name='__main__')
+    return stop.value.code
 
 
 def metrics_of_test(work_dir):

@@ -21,6 +21,7 @@ from .config_keys import require_known_keys
 #: Functions of MMEngine that read one file of a config.
 _READERS = ('_file2dict', '_is_lazy_import', '_parse_lazy_import')
 
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which config to run, on which data, and how.
 

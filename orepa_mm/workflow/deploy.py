@@ -52,6 +52,7 @@ from .end2end import resizing, tested_end2end
 from .evidence import (
     built_model,
     checkpoint_meta,
+    config_of_files,
     first_images,
     largest_differences,
     machine_of,
@@ -332,11 +333,7 @@ def _dropped(checkpoint: Path) -> dict[str, int]:
 def _tested(runner: Runner, cfg: Config, folder: Path, tta: bool, show_dir: str | Path | None
             ) -> dict[str, dict[str, float]]:
     """Metrics of both forms; the deployed one is tested from its files, as a user gets it."""
-    deployed_cfg = Config.fromfile(folder / 'config.py')
-    deployed_cfg.work_dir, deployed_cfg.launcher = cfg.work_dir, cfg.launcher
-    # MMEngine keeps one visualizer for each name, with the folder of the first
-    if deployed_cfg.get('visualizer'):
-        deployed_cfg.visualizer.name = f'{deployed_cfg.visualizer.get("name", "")}-deployed'
+    deployed_cfg = config_of_files(folder / 'config.py', cfg, 'deployed')
     if show_dir:
         show_predictions(deployed_cfg, show_dir)
     if tta:

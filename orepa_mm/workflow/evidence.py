@@ -34,6 +34,22 @@ def built_model(cfg: Config) -> nn.Module:
         return MODELS.build(model)
 
 
+def config_of_files(path: str | Path, cfg: Config, name: str) -> Config:
+    """The config of a deployed model, to test with in the same process as another.
+
+    Args:
+        path: That `config.py`.
+        cfg: The training config: work folder and launcher are taken from it.
+        name: Tells its visualizer from others: MMEngine keeps one for each name, with the
+            folder of the first.
+    """
+    deployed = Config.fromfile(path)
+    deployed.work_dir, deployed.launcher = cfg.work_dir, cfg.launcher
+    if deployed.get('visualizer'):
+        deployed.visualizer.name = f'{deployed.visualizer.get("name", "")}-{name}'
+    return deployed
+
+
 def first_images(loader: DataLoader, model: nn.Module, count: int) -> list[dict]:
     """The first test images, preprocessed, without augmentation.
 

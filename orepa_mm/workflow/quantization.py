@@ -37,6 +37,7 @@ from ..export.onnx.quantize import (
 )
 from ..export.onnx.quantize_run import graph_feeds, model_of_files, run_of_files
 from ..files import written_whole
+from .evidence import config_of_files
 from .loading import deployed_files
 from .quantization_input import (
     batches_of_size,
@@ -324,9 +325,7 @@ def _drop(before: float, after: float, sign: int) -> float:
 
 def _test_config(cfg: Config, path: Path) -> Config:
     """The config of the deployed model, to test with; hooks of training would copy the network."""
-    deployed = Config.fromfile(path)
-    deployed.work_dir, deployed.launcher = cfg.work_dir, 'none'
+    deployed = config_of_files(path, cfg, 'int8')
+    deployed.launcher = 'none'
     deployed.custom_hooks = []
-    if deployed.get('visualizer'):  # MMEngine keeps one for each name, with the folder of the first
-        deployed.visualizer.name = f'{deployed.visualizer.get("name", "")}-int8'
     return deployed

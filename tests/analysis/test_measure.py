@@ -2,14 +2,12 @@
 
 import copy
 import json
-import runpy
-import sys
 from unittest import mock
 
 import pytest
 import torch
 from export.test_stock import MODEL
-from helpers import ROOT, randomize, run
+from helpers import ROOT, exit_code, randomize, run
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -31,7 +29,7 @@ from orepa_mm.analysis.measure import (
     peak_allocation,
     time_calls,
 )
-from orepa_mm.errors import ConfigError, run_tool
+from orepa_mm.errors import ConfigError
 from orepa_mm.layers import OREPAConv2d
 
 TWO_STAGE = 'configs/faster_rcnn/faster-rcnn_orepa-r18-light_fpn_400i_coco.py'
@@ -251,10 +249,7 @@ def test_tool_says_what_is_wrong(monkeypatch, capsys):
             (['missing.py'], 'there is no config file missing.py'),
             ([TWO_STAGE, '--cfg-options', 'model.backbone.deploy=True'], 'in training form')):
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, 'argv', ['benchmark.py', *arguments])
-        with pytest.raises(SystemExit) as stop:
-            run_tool(runpy.run_path('tools/benchmark.py')['main'])
-        assert stop.value.code == 1
+        assert exit_code('tools/benchmark.py', *arguments) == 1
         error = capsys.readouterr().err
         assert error.startswith('error: ')
         assert message in error

@@ -6,11 +6,10 @@ import runpy
 import shlex
 import statistics
 import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, exit_code
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
@@ -30,7 +29,7 @@ from orepa_mm.analysis.cost_table import (
 )
 from orepa_mm.analysis.measure import count_operations, saved_bytes
 from orepa_mm.analysis.training_cost import Settings, measure_squeeze, measure_step
-from orepa_mm.errors import ConfigError, run_tool
+from orepa_mm.errors import ConfigError
 
 DETECTOR = 'configs/retinanet/retinanet_orepa-r18-light_fpn_400i_coco.py'
 TINY = ('--shape', '2', '3', '32', '32', '--base-channels', '8')
@@ -53,10 +52,7 @@ def _small_and_not_compiled(monkeypatch):
 
 def tool(monkeypatch, *arguments):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run_tool(runpy.run_path('tools/benchmark.py')['main'])
-    return stop.value.code
+    return exit_code('tools/benchmark.py', *arguments)
 
 
 def read(path):

@@ -1,8 +1,8 @@
 """Detection and instance segmentation configs, pointed at a folder in COCO layout."""
 
-import json
 
 import pytest
+from checking import edit
 from helpers import SHARED
 from mmdet.registry import METRICS
 from mmengine.config import Config
@@ -26,13 +26,6 @@ def data(tmp_path):
 @pytest.fixture
 def cfg():
     return get_config(FASTER_RCNN)
-
-
-def edit(data, split, change):
-    path = data / 'annotations' / f'instances_{split}2017.json'
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def test_every_dataloader_evaluator_and_head(cfg, data):

@@ -1,6 +1,5 @@
 """From a checkpoint file to deployed files: what is written, and when nothing is."""
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -13,10 +12,10 @@ from helpers import ROOT, relative_error, run, vary_scales
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
+from tiny_runs import config
 
 from orepa_mm.checkpoints import load_weights
 from orepa_mm.datasets import make_shapes_coco
-from orepa_mm.engine import add_config_arguments, load_config
 from orepa_mm.errors import CheckpointError, NothingToConvertError, VerificationError
 from orepa_mm.files import sha256
 from orepa_mm.workflow import deploy as pipeline
@@ -55,14 +54,6 @@ def folder(tmp_path_factory):
         'optimizer': {'state': {0: {'momentum_buffer': torch.zeros(1000)}}, 'param_groups': []},
     }, folder / 'iter_5.pth')
     return folder
-
-
-def config(folder):
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    return load_config(parser.parse_args([
-        str(folder / 'config.py'), '--data-root', str(folder / 'data'), '--work-dir',
-        str(folder / 'work')]))
 
 
 def deploy(folder, out, **options):

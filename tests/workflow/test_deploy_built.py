@@ -1,28 +1,19 @@
 """What is verified is the network that the written config and checkpoint build."""
 
-import argparse
 
 import pytest
 import torch
 from helpers import ROOT, relative_error, vary_scales
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from tiny_runs import config
 
 from orepa_mm.checkpoints import load_weights
 from orepa_mm.datasets import make_shapes_imagenet
-from orepa_mm.engine import add_config_arguments, load_config
 from orepa_mm.errors import VerificationError
 from orepa_mm.workflow import deploy as pipeline
 from orepa_mm.workflow import reparameterize_checkpoint
 from orepa_mm.workflow.evidence import built_model
-
-
-def config(folder):
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    return load_config(parser.parse_args([
-        str(folder / 'config.py'), '--data-root', str(folder / 'data'), '--work-dir',
-        str(folder / 'work')]))
 
 
 def deploy(folder, out):

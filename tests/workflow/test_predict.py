@@ -1,22 +1,19 @@
 """Predictions on images of one's own: the files are compared with the model's own test step."""
 
-import argparse
 import json
-import runpy
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, vary_scales
+from helpers import ROOT, exit_code, vary_scales
 from mmengine.runner import Runner
 from pycocotools.coco import COCO
 from pycocotools.mask import decode
+from tiny_runs import config, let_outputs_be_moderate
 
 from orepa_mm import load
 from orepa_mm.datasets import make_shapes_cityscapes, make_shapes_coco, make_shapes_imagenet
-from orepa_mm.engine import add_config_arguments, load_config
 from orepa_mm.export import deploy_config, save_deployed
 from orepa_mm.files import sha256
 from orepa_mm.reparam import reparameterize
@@ -46,13 +43,6 @@ IMAGES = {'detector': 'data/val2017', 'segmentor': 'data/leftImg8bit/val',
 CLASSES = ('circle', 'square', 'triangle')
 
 
-def config(folder):
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    return load_config(parser.parse_args([
-        str(folder / 'config.py'), '--data-root', str(folder / 'data')]))
-
-
 @pytest.fixture(scope='module')
 def folder_of(tmp_path_factory):
     """For each task: config, data, a checkpoint in training form, and what `reparam` writes."""
@@ -77,19 +67,6 @@ def folder_of(tmp_path_factory):
     return prepare
 
 
-@torch.no_grad()
-def let_outputs_be_moderate(model):
-    """BN statistics of noise: else all scores are 0 or 1."""
-    model.eval()
-    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        norm.train()
-        norm.momentum = None
-    features = model.extract_feat(torch.randn(4, 3, 128, 128))
-    if hasattr(model, 'decode_head'):
-        model.decode_head(features)
-    model.eval()
-
-
 def own_predictions(model):
     """{file name: data sample}, by the test set's loader and the model alone."""
     loader = {**model.cfg.test_dataloader, 'num_workers': 0, 'persistent_workers': False,
@@ -101,11 +78,7 @@ def own_predictions(model):
 
 def tool(*words):
     """Exit code of the tool."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['predict.py', *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / 'tools/predict.py'), run_name='__main__')
-    return stop.value.code
+    return exit_code('tools/predict.py', *words)
 
 
 def test_detector(folder_of, tmp_path):

@@ -1,6 +1,5 @@
 """A deployed folder in int8: what is written, what is measured, and when nothing is."""
 
-import argparse
 import json
 import math
 
@@ -10,13 +9,12 @@ import pytest
 import torch
 from helpers import ROOT, vary_scales
 from mmengine.runner import Runner
+from tiny_runs import config, let_outputs_be_moderate
 
 from orepa_mm.datasets import make_shapes_cityscapes, make_shapes_coco, make_shapes_imagenet
 from orepa_mm.engine import (
-    add_config_arguments,
     bare_model,
     build_test_runner,
-    load_config,
     metrics,
 )
 from orepa_mm.errors import ConfigError, VerificationError
@@ -54,14 +52,6 @@ LOADERS = ''.join(f'{name}_dataloader = dict(num_workers=0, persistent_workers=F
                   for name in ('train', 'val', 'test'))
 
 
-def config(folder):
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    return load_config(parser.parse_args([
-        str(folder / 'config.py'), '--data-root', str(folder / 'data'), '--work-dir',
-        str(folder / 'work')]))
-
-
 @pytest.fixture(scope='module')
 def folder_of(tmp_path_factory):
     """For each task: config, data, and a folder in folded form with ONNX."""
@@ -87,19 +77,6 @@ def folder_of(tmp_path_factory):
                 'form': 'folded', 'source': 'iter_2.pth', 'verified': True})
         return folders[task]
     return prepare
-
-
-@torch.no_grad()
-def let_outputs_be_moderate(model):
-    """BN statistics of noise: else all scores are 0 or 1."""
-    model.eval()
-    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        norm.train()
-        norm.momentum = None
-    features = model.extract_feat(torch.randn(4, 3, 128, 128))
-    if hasattr(model, 'decode_head'):
-        model.decode_head(features)
-    model.eval()
 
 
 def contents(folder):

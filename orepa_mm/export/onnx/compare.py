@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...reparam.verify import scale_relative_error
 from .graphs import (
+    MASK_ROIS,
     as_list,
     graph_files,
     inputs_and_samples,
@@ -112,7 +113,7 @@ def _output_errors(model: nn.Module, graphs: Mapping[str, Callable],
         if graph == 'bbox':
             feed = roi_inputs(model, outputs, samples)
         elif graph == 'mask':
-            feed = [*feed[:-1], feed[-1][:100]]  # as StandardRoIHead.forward does
+            feed = [*feed[:-1], feed[-1][:MASK_ROIS]]
         outputs = function(model, feed)
         expected, found = named_tensors(outputs), {}
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +13,16 @@ from torch.nn import functional as F
 
 from ...errors import OnnxExportError
 from ...files import written_whole
-from ...reparam import is_training_form
-from .export import exported_graph, named_shapes, preprocessing_meta
+from .export import (
+    as_text,
+    exported_graph,
+    named_shapes,
+    preprocessing_meta,
+    require_exportable,
+)
 from .graphs import (
     inputs_and_samples,
     prepared,
-    require_onnx,
     roi_features,
     selecting_stages,
 )
@@ -170,9 +173,7 @@ def export_end2end(model: nn.Module, batch: Mapping[str, Any], path: str | Path,
         ValueError: If the model is in training form.
         OnnxExportError: If the model cannot be exported; nothing is written then.
     """
-    if is_training_form(model):
-        raise ValueError('the model is in training form: re-parameterize it before exporting')
-    require_onnx()
+    require_exportable(model)
     import onnx
 
     path, model = Path(path), prepared(model)
@@ -191,9 +192,8 @@ def export_end2end(model: nn.Module, batch: Mapping[str, Any], path: str | Path,
     found = preprocessing_meta(model)
     if normalize:
         found = {key: value for key, value in found.items() if key not in ('mean', 'std')}
-    onnx.helper.set_model_props(proto, {**found, 'graph': 'end2end', 'task': module.task, **{
-        key: value if isinstance(value, str) else json.dumps(value, default=str)
-        for key, value in (meta or {}).items()}})
+    onnx.helper.set_model_props(proto, {**found, 'graph': 'end2end', 'task': module.task,
+                                        **as_text(meta or {})})
     if proto.ByteSize() >= 2**31:
         raise OnnxExportError('the weights take more than 2 GB, the limit of a single ONNX file')
     with written_whole(path) as temporary:

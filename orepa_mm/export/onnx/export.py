@@ -95,18 +95,14 @@ def export_onnx(model: nn.Module, batch: Tensor | Mapping[str, Any], path: str |
         ValueError: If the model is in training form.
         OnnxExportError: If the model cannot be exported; nothing is written then.
     """
-    if is_training_form(model):
-        raise ValueError('the model is in training form: re-parameterize it before exporting')
-    require_onnx()
+    require_exportable(model)
     import onnx
 
     path = Path(path)
     model = prepared(model)
     if sum(p.nbytes for p in chain(model.parameters(), model.buffers())) >= _MAX_BYTES:
         raise OnnxExportError('the weights take more than 2 GB, the limit of a single ONNX file')
-    meta = {**preprocessing_meta(model), **{
-        key: value if isinstance(value, str) else json.dumps(value, default=str)
-        for key, value in (meta or {}).items()}}
+    meta = {**preprocessing_meta(model), **as_text(meta or {})}
     graphs = network_graphs(model, batch)
     make_traceable(model)
     shape, reason, protos = inputs_and_samples(batch)[0].shape, None, None
@@ -222,6 +218,31 @@ def named_shapes(values: Any) -> dict[str, list[int | str]]:
     """
     return {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
             for value in values}
+
+
+def require_exportable(model: nn.Module) -> None:
+    """Refuse what cannot be exported, whatever it is exported to.
+
+    Args:
+        model: Of any toolbox.
+
+    Raises:
+        ImportError: See `require_onnx`.
+        ValueError: If the model is in training form.
+    """
+    if is_training_form(model):
+        raise ValueError('the model is in training form: re-parameterize it before exporting')
+    require_onnx()
+
+
+def as_text(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as a file holds them: what is not text becomes JSON.
+
+    Args:
+        meta: By name.
+    """
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str)
+            for key, value in meta.items()}
 
 
 def preprocessing_meta(model: nn.Module) -> dict[str, str]:

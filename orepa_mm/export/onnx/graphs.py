@@ -15,6 +15,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from ...errors import OnnxExportError
 from ...reparam import unwrapped
 
+#: RoIs of one image that masks are predicted for, as `StandardRoIHead.forward` does.
+MASK_ROIS = 100
+
 
 def require_onnx() -> None:
     """Check that what export and comparison need is installed.

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import OnnxExportError
 from .compare import Session, detector_of_sessions, roi_inputs, shallow_copy
-from .graphs import as_list, inputs_and_samples, network_graphs, selecting_stages
-
-#: RoIs of one image that masks are predicted for, as `StandardRoIHead.forward` does.
-_MASK_ROIS = 100
+from .graphs import MASK_ROIS, as_list, inputs_and_samples, network_graphs, selecting_stages
 
 
 @torch.no_grad()
@@ -37,7 +34,7 @@ def graph_feeds(model: nn.Module, graph: str, batches: Iterable[Tensor | Mapping
         if graph != 'network':
             network = network_graphs(model, batch)['network']
             *features, rois = roi_inputs(model, network(model, inputs), samples)
-            feed = [*features, rois[:_MASK_ROIS] if graph == 'mask' else rois]
+            feed = [*features, rois[:MASK_ROIS] if graph == 'mask' else rois]
             if not len(rois):
                 continue
         feed = as_list(feed)
