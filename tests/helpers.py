@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tool_process import run_forked
 from torch import nn
 
 from orepa_mm.layers import (
@@ -63,12 +64,19 @@ def official_keys():
     return json.loads(content)
 
 
-def run(*command, **kwargs):
-    """Run Python in the project's folder; what it printed."""
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
-                            text=True, **kwargs)
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-4000:]
+def run(*command, fresh=False, **kwargs):
+    """Run Python in the project's folder, in a process of its own; what it printed.
+
+    If it is `fresh` or has options of `subprocess.run`, it imports everything itself, which costs
+    seconds.
+    """
+    if not (fresh or kwargs):
+        code, output = run_forked(command, ROOT)
+    else:
+        result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
+                                capture_output=True, text=True, **kwargs)
+        code, output = result.returncode, result.stdout + result.stderr
+    assert code == 0, output[-4000:]
     return output
 
 

@@ -90,7 +90,8 @@ def test_files_and_rooms_stay_small():
 
 
 def test_importing_loads_no_toolbox():
-    assert 'loaded: []' in run('-W', 'error::UserWarning', '-c', f'import sys, orepa_mm; {LOADED}')
+    assert 'loaded: []' in run('-W', 'error::UserWarning', '-c', f'import sys, orepa_mm; {LOADED}',
+                              fresh=True)
 
 
 def test_a_segmentation_config_loads_no_detector():

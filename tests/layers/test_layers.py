@@ -210,12 +210,14 @@ def test_accumulated_gradients_are_those_of_the_joint_batch(layer, x):
         assert relative_error(p.grad, gradient) < 1e-4
 
 
-@pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_torch_compile(mode, x):
+@pytest.mark.parametrize(('mode', 'backend'), [
+    ('train', 'aot_eager'), ('eval', 'aot_eager'),
+    pytest.param('train', 'inductor', marks=pytest.mark.long)])
+def test_torch_compile(mode, backend, x):
     layers = nn.Sequential(*(randomize(LAYERS[name]()) for name in ('kxk', '1x1')))
     layers[1] = randomize(OREPAConv1x1(6, 4))
     getattr(layers, mode)()
-    compiled = torch.compile(layers, backend='inductor' if mode == 'train' else 'aot_eager')
+    compiled = torch.compile(layers, backend=backend)
     with torch.set_grad_enabled(mode == 'train'):
         assert relative_error(compiled(x), layers(x)) < 1e-5
         with torch.no_grad():
