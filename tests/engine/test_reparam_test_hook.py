@@ -1,193 +1,36 @@
 """Validation with the deployed form: it is the deployed one, and training does not notice."""
 
-import copy
 import gc
-import itertools
-import weakref
 
 import numpy as np
 import pytest
 import torch
 from helpers import randomize
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.hooks import EMAHook, Hook
-from mmengine.model import BaseDataPreprocessor, BaseModel, BaseTTAModel
-from mmengine.runner import Runner
+from mmengine.hooks import EMAHook
+from mmengine.model import BaseTTAModel
+from small_run import (
+    EMA,
+    EPOCHS,
+    ITERATIONS,
+    OURS,
+    VAL,
+    Net,
+    Observer,
+    assert_same_tree,
+    build,
+    described,
+    log_of,
+    predictions,
+    recorded,
+)
 from torch import nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.engine import reparam_test_hook
 from orepa_mm.engine.reparam_test_hook import ReparamTestHook, without_reparam_test
-from orepa_mm.errors import ConfigError, NothingToConvertError, VerificationError
-from orepa_mm.layers import OREPAConv1x1, OREPAConv2d
 from orepa_mm.reparam import is_training_form, reparameterize
-
-OURS = dict(type='ReparamTestHook')
-EMA = dict(type='EMAHook', momentum=0.3)
-EPOCHS = dict(by_epoch=True, max_epochs=2)
-ITERATIONS = dict(by_epoch=False, max_iters=4, val_interval=2)
-
-
-class InPlacePreprocessor(BaseDataPreprocessor):
-    """Works on the batch that it is given: doing it twice gives something else."""
-
-    def forward(self, data, training=False):
-        data['inputs'].sub_(0.5).mul_(2)
-        if training:
-            data['inputs'] = data['inputs'].flip(-1)
-        return super().forward(data, training)
-
-
-class Net(BaseModel):
-    """A classifier with dropout, which draws random numbers in training and, to no use, in eval."""
-
-    def __init__(self, conv=OREPAConv2d, pointwise=OREPAConv1x1, norm=nn.BatchNorm2d):
-        super().__init__(InPlacePreprocessor())
-        self.backbone = nn.Sequential(
-            conv(3, 6, 3, padding=1, bias=False), norm(6), nn.ReLU(), nn.Dropout(0.2),
-            pointwise(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU())
-        self.backbone[1].eval()  # as a frozen norm layer
-        self.backbone[5].bias.requires_grad_(False)
-        self.head = nn.Linear(6, 3)
-
-    def extract_feat(self, inputs):
-        return self.backbone(inputs)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone[1].eval()
-        return self
-
-    def forward(self, inputs, data_samples=None, mode='tensor'):
-        logits = self.head(self.extract_feat(inputs).mean((2, 3)))
-        if mode == 'loss':
-            return dict(loss=nn.functional.cross_entropy(logits, data_samples))
-        if mode == 'predict':
-            return list(logits)
-        torch.rand(1)
-        return logits
-
-
-class Images(Dataset):
-    def __init__(self, count, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.inputs = torch.rand(count, 3, 8, 8, generator=generator)
-        self.labels = torch.arange(count) % 3
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return dict(inputs=self.inputs[index], data_samples=self.labels[index])
-
-
-VAL = Images(6, seed=1)
-
-
-class Recorder(BaseMetric):
-    """What each validation computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.epochs = []
-
-    def process(self, data_batch, data_samples):
-        self.results += data_samples
-
-    def compute_metrics(self, results):
-        self.epochs.append(torch.stack(results))
-        return dict(score=float(len(self.epochs)))
-
-
-class Observer(Hook):
-    """What the runner's model is, as the hooks before and after ours see it."""
-
-    priority = 'VERY_LOW'
-
-    def __init__(self):
-        self.before, self.during, self.after, self.copies = [], [], [], []
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        self.last = described(runner.model)
-
-    def before_val(self, runner):
-        self.before.append(described(runner.model))
-
-    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        assert not runner.model.training
-        self.during.append(is_training_form(runner.model))
-        self.copies.append(weakref.ref(runner.model))
-
-    def after_val_epoch(self, runner, metrics=None):
-        self.after.append(described(runner.model))
-
-
-def described(model):
-    """Identity of the model and of its parameters, and all flags."""
-    return (id(model), [(name, id(m), m.training) for name, m in model.named_modules()],
-            [(name, id(p), p.requires_grad) for name, p in model.named_parameters()])
-
-
-class QuickRunner(Runner):
-    def _log_env(self, env_cfg):
-        pass
-
-
-numbers = itertools.count()
-
-
-def build(folder, *hooks, model=None, train_cfg=EPOCHS, checkpoint=None, **kwargs):
-    torch.manual_seed(0)
-    loader = dict(dataset=Images(8, seed=0), batch_size=4, num_workers=0,
-                  collate_fn=default_collate)
-    val_loader = {**loader, 'dataset': VAL, 'batch_size': 2,
-                  'sampler': dict(type='DefaultSampler', shuffle=False)}
-    return QuickRunner(
-        model or randomize(Net()), str(folder), train_cfg=dict(train_cfg),
-        train_dataloader={**loader, 'sampler': dict(
-            type='DefaultSampler' if train_cfg['by_epoch'] else 'InfiniteSampler', shuffle=True)},
-        val_dataloader=val_loader, val_cfg=dict(), val_evaluator=Evaluator(Recorder()),
-        test_dataloader=val_loader, test_cfg=dict(), test_evaluator=Evaluator(Recorder()),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.2, momentum=0.9)),
-        default_hooks=dict(checkpoint=dict(
-            type='CheckpointHook', interval=1, by_epoch=train_cfg['by_epoch'],
-            **(checkpoint or {}))),
-        custom_hooks=[dict(hook) if isinstance(hook, dict) else hook for hook in hooks],
-        randomness=dict(seed=0), experiment_name=f'{folder.name}-{next(numbers)}', **kwargs)
-
-
-def recorded(evaluator):
-    return evaluator.metrics[0].epochs
-
-
-def predictions(model):
-    """From scratch: all images in one batch, preprocessed by hand."""
-    model = copy.deepcopy(model)
-    model.eval()
-    with torch.no_grad():
-        return model((VAL.inputs - 0.5) * 2)
-
-
-def log_of(folder, level):
-    lines = '\n'.join(path.read_text() for path in folder.rglob('*.log')).split('\n20')
-    return [line for line in lines if f' - {level} - ' in line]
-
-
-def assert_same_tree(one, other):
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same_tree(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for a, b in zip(one, other):
-            assert_same_tree(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize('train_cfg', [EPOCHS, ITERATIONS], ids=['epochs', 'iterations'])
@@ -294,138 +137,6 @@ def test_number_of_compared_batches(tmp_path, monkeypatch, batches, expected):
         wanted = slice(2 * number, 2 * number + 2)
         assert torch.equal(batch['inputs'], (VAL.inputs[wanted] - 0.5) * 2)
         assert torch.equal(batch['data_samples'], VAL.labels[wanted])
-
-
-# --- what must be loud ------------------------------------------------------------
-
-
-@pytest.fixture
-def wrong_conversion(monkeypatch):
-    def broken(model):
-        model = reparameterize(model)
-        with torch.no_grad():
-            model.backbone[4].weight.mul_(1.5)
-        return model
-
-    monkeypatch.setattr(reparam_test_hook, 'reparameterize', broken)
-
-
-def test_a_difference_is_logged_and_training_goes_on(tmp_path, wrong_conversion):
-    runner = build(tmp_path, OURS)
-    runner.train()
-    assert runner.epoch == 2
-    errors = log_of(tmp_path, 'ERROR')
-    assert len(errors) == 2
-    assert 'THE DEPLOYED FORM DIFFERS from the training form on batch 0' in errors[0]
-    assert 'features in float32: ' in errors[0]
-    assert 'starts in the layer backbone.4' in errors[0]
-
-
-def test_a_difference_stops(tmp_path, wrong_conversion):
-    runner = build(tmp_path, dict(OURS, stop_on_difference=True))
-    model = runner.model
-    with pytest.raises(VerificationError, match='features in float32'):
-        runner.train()
-    assert runner.model is model
-    assert (tmp_path / 'epoch_1.pth').is_file()
-
-
-def test_a_comparison_that_fails_is_loud_and_costs_nothing(tmp_path, monkeypatch):
-    def impossible(*args):
-        raise TypeError('no such input')
-
-    monkeypatch.setattr(reparam_test_hook, 'verify', impossible)
-    runner = build(tmp_path / 'on', OURS)
-    runner.train()
-    assert runner.epoch == 2
-    error, _ = log_of(tmp_path / 'on', 'ERROR')
-    assert 'COULD NOT BE COMPARED' in error
-    assert 'TypeError: no such input' in error
-    assert 'Traceback' in error
-    with pytest.raises(VerificationError, match='no such input'):
-        build(tmp_path / 'stop', dict(OURS, stop_on_difference=True)).train()
-
-
-class Interrupter(Hook):
-    def __init__(self, method):
-        setattr(self, method, self.interrupt)
-        self.on = True
-
-    def interrupt(self, runner, *args, **kwargs):
-        if self.on:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize('priority', ['VERY_HIGH', 'LOWEST'])
-@pytest.mark.parametrize('method', ['before_val_epoch', 'after_val_iter', 'after_val_epoch'])
-def test_an_interrupted_validation_leaves_the_training_form(tmp_path, method, priority):
-    interrupter = Interrupter(method)
-    interrupter.priority = priority
-    runner = build(tmp_path, OURS, interrupter)
-    model = runner.model
-    with pytest.raises(KeyboardInterrupt):
-        runner.train()
-    assert runner.model is model
-    assert is_training_form(model)
-    interrupter.on = False
-    runner.train()  # goes on
-    assert runner.model is model
-    assert runner.epoch == 2
-
-
-@pytest.mark.parametrize(('hooks', 'message'), [
-    ([dict(OURS), dict(EMA, priority='LOWEST')],
-     r"EMAHook \(priority LOWEST\) runs after ReparamTestHook.*Give the EMAHook.*'NORMAL'"),
-    ([dict(OURS), dict(EMA, priority='LOW')], 'EMAHook .* runs after'),
-    ([dict(EMA), dict(OURS, priority='VERY_HIGH')], "ReparamTestHook one that comes later"),
-    ([dict(OURS, priority='LOWEST')],
-     r'CheckpointHook \(priority VERY_LOW\) runs before ReparamTestHook.*save_best'),
-    ([OURS, OURS], 'two ReparamTestHooks'),
-])
-@pytest.mark.parametrize('run', ['train', 'val', 'test'])
-def test_hooks_in_a_wrong_order(tmp_path, hooks, message, run):
-    with pytest.raises(ConfigError, match=message):
-        getattr(build(tmp_path, *hooks), run)()
-    assert not list(tmp_path.glob('*.pth'))
-
-
-def test_equal_priorities_in_the_right_order(tmp_path):
-    build(tmp_path, dict(EMA, priority='LOW'), OURS).test()
-
-
-class TwiceEMAHook(EMAHook):
-    """As MMPretrain's, which validates with both kinds of weights."""
-
-    evaluate_on_ema = evaluate_on_origin = True
-
-
-def test_a_second_validation_inside_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match='evaluate_on_origin=False'):
-        build(tmp_path, TwiceEMAHook(), OURS).train()
-
-
-def test_nothing_to_convert_is_said_before_training(tmp_path):
-    runner = build(tmp_path, OURS, model=Net(nn.Conv2d, nn.Conv2d))
-    with pytest.raises(NothingToConvertError, match='no OREPA or DBB layer'):
-        runner.train()
-    assert runner.iter == 0
-
-
-def test_a_deployed_model_is_left_alone(tmp_path):
-    model = reparameterize(randomize(Net()))
-    runner = build(tmp_path, OURS, model=model)
-    runner.test()
-    warning, = (line for line in log_of(tmp_path, 'WARNING') if 'ReparamTestHook' in line)
-    assert 'has nothing to do' in warning
-    assert not [line for line in log_of(tmp_path, 'INFO') if 'agree' in line]
-    torch.testing.assert_close(recorded(runner.test_loop.evaluator)[0], predictions(model),
-                               rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize('value', [-1, 1.5, True, None, '1'])
-def test_no_number_of_batches(value):
-    with pytest.raises(ValueError, match='verify_batches must be an integer'):
-        ReparamTestHook(verify_batches=value)
 
 
 # --- wrapped and special models ---------------------------------------------------

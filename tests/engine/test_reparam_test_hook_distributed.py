@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import torch
-from test_reparam_test_hook import OURS, Net, build, randomize, reparam_test_hook, reparameterize
+from small_run import OURS, build
+from orepa_mm.engine import reparam_test_hook
+from orepa_mm.reparam import reparameterize
 from orepa_mm.errors import VerificationError
 
 torch.distributed.init_process_group('gloo')
