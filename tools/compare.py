@@ -10,7 +10,11 @@ from orepa_mm.engine import add_config_arguments, load_config
 from orepa_mm.errors import run_tool
 from orepa_mm.files import require_writable_file, require_writable_folder
 from orepa_mm.workflow.comparison import execute, plan_runs
-from orepa_mm.workflow.comparison_report import fill_document, write_comparison
+from orepa_mm.workflow.comparison_report import (
+    fill_document,
+    require_place,
+    write_comparison,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +58,7 @@ def main() -> int:
     require_writable_folder(args.out)
     if args.into:
         require_writable_file(args.into)
+        require_place(args.out, args.into)
     try:
         runs = plan_runs(load_config(args), [Variant.parse(text) for text in args.variants],
                          args.seeds, args.out, args.plain_checkpoint,

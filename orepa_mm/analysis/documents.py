@@ -27,16 +27,25 @@ def fill_between(document: str | Path, begin: str, end: str, text: str) -> Path:
         ConfigError: If the document lacks one of the lines.
         FileNotFoundError: If there is no such document.
     """
-    document = Path(document)
-    content = document.read_text(encoding='utf-8')
+    before, after = around(document, begin, end)
+    with written_whole(document) as path:
+        path.write_text(f'{before}\n{text}\n{after}', encoding='utf-8')
+    return Path(document)
+
+
+def around(document: str | Path, begin: str, end: str) -> tuple[str, str]:
+    """What stands before and after the text between two lines of a document, these included.
+
+    Args, Raises:
+        See `fill_between`.
+    """
+    content = Path(document).read_text(encoding='utf-8')
     before, found, rest = content.partition(f'{begin}\n')
     _, found_end, after = rest.partition(end)
     if not found or not found_end:
         raise ConfigError(f'{document} has no place for the tables: it needs a line {begin} and '
                           f'after it a line {end}')
-    with written_whole(document) as path:
-        path.write_text(f'{before}{found}\n{text}\n{found_end}{after}', encoding='utf-8')
-    return document
+    return before + found, found_end + after
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]],

@@ -26,7 +26,7 @@ from ..analysis.comparison import (
 )
 from ..analysis.comparison_figure import draw_metric, draw_training
 from ..analysis.conditions import conditions
-from ..analysis.documents import fill_between, without_nan
+from ..analysis.documents import around, fill_between, without_nan
 from ..analysis.similarity import measure_checkpoint
 from ..analysis.similarity_figure import draw_shares, draw_similarities
 from ..errors import ConfigError, shortened
@@ -134,15 +134,27 @@ def fill_document(out: str | Path, document: str | Path) -> Path:
         FileNotFoundError: If there is no such document, or no report.
     """
     out, document = Path(out).resolve(), Path(document)
-    mark = f'<!-- comparison {out.name}:'
     tables, _, _ = (out / 'comparison.md').read_text('utf-8').partition(f'{METHOD_MARK}\n')
     pictures = {key: f'{out.name}-{key}.png' for key in FIGURES}
     shown = '\n'.join(f'![{title}]({pictures[key]})\n' for key, title in FIGURES.items())
-    fill_between(document, f'{mark} begin -->', f'{mark} end -->', f'{tables.rstrip()}\n\n{shown}')
+    fill_between(document, *_place(out), f'{tables.rstrip()}\n\n{shown}')
     for key, name in pictures.items():
         with written_whole(document.parent / name) as path:
             path.write_bytes((out / f'comparison-{key}.png').read_bytes())
     return document
+
+
+def require_place(out: str | Path, document: str | Path) -> None:
+    """Look whether a document has the lines that `fill_document` writes between.
+
+    Args, Raises:
+        See `fill_document`.
+    """
+    around(document, *_place(Path(out).resolve()))
+
+
+def _place(out: Path) -> tuple[str, str]:
+    return f'<!-- comparison {out.name}: begin -->', f'<!-- comparison {out.name}: end -->'
 
 
 def what_is_equal(cfg: Config) -> list[str]:

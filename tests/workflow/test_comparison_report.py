@@ -16,6 +16,7 @@ from orepa_mm.analysis.variants import Variant
 from orepa_mm.errors import ConfigError
 from orepa_mm.workflow.comparison_report import (
     fill_document,
+    require_place,
     what_is_equal,
     write_comparison,
 )
@@ -154,6 +155,7 @@ def test_into_a_document(out, tmp_path):
     document.parent.mkdir()
     begin, end = (f'<!-- comparison cells: {word} -->' for word in ('begin', 'end'))
     document.write_text(f'before\n{begin}\nold\n{end}\nafter\n')
+    require_place(out, document)
     fill_document(out, document)
     text = document.read_text()
     tables, _, method = markdown.partition('\n\nHow to read this:\n')
@@ -166,8 +168,9 @@ def test_into_a_document(out, tmp_path):
         assert f']({name})' in text
         assert (document.parent / name).read_bytes().startswith(b'\x89PNG')
     document.write_text('nothing')
-    with pytest.raises(ConfigError, match='has no place for the tables'):
-        fill_document(out, document)
+    for use in (fill_document, require_place):
+        with pytest.raises(ConfigError, match='has no place for the tables'):
+            use(out, document)
     assert document.read_text() == 'nothing'
 
 
