@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | docs | bench | doctor | clean
+# make setup | demo | test | lint | types | docs | bench | doctor | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ BENCH  := work_dirs/bench
 CONFIG := faster-rcnn_orepa-r18-light_fpn_400i_coco.py
 MIM    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: setup demo test lint docs bench doctor clean
+.PHONY: setup demo test lint types docs bench doctor clean
 
 setup:
 	@$(PYTHON) requirements/install.py --venv $(VENV)
@@ -34,8 +34,11 @@ $(DEMO)/report.html: $(DEMO)/deployed/report.json
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup
+lint: types
 	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
 
 # The pages of docs/ as a site; a warning is an error. `.venv/bin/mkdocs serve` shows it, with search.
 docs: setup
@@ -61,5 +64,5 @@ doctor:
 	@PY=$(BIN)/python; [ -x $$PY ] || PY=$(PYTHON); $$PY -m orepa_mm.doctor
 
 clean:
-	rm -rf $(VENV) work_dirs build dist site *.egg-info orepa_mm/.mim .pytest_cache .ruff_cache
+	rm -rf $(VENV) work_dirs build dist site *.egg-info orepa_mm/.mim .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -61,7 +61,7 @@ setup(
                       'scipy>=1.10', 'openmim>=0.3.9', 'setuptools<82'],
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         'safetensors': ['safetensors'],
-        'test': ['pytest', 'pytest-xdist', 'ruff', 'timm', 'tensorboard'],
+        'test': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'tensorboard'],
     },
     cmdclass={'build_py': BuildPy, 'develop': Develop},
     zip_safe=False,

@@ -39,8 +39,9 @@ TORCH = ['torch==2.12.1', 'torchvision==0.27.1', 'setuptools==79.0.1',
 OPENMMLAB = ['mmengine==0.10.7', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0',
              'ftfy', 'regex', 'openmim==0.3.9', 'openxlab==0.0.11']
 DEPLOYMENT = ['onnx', 'onnxscript', 'onnxruntime', 'safetensors']  # of the constraint file
-DEVELOPMENT = ['pytest==9.0.3', 'pytest-xdist==3.8.0', 'ruff==0.14.5', 'timm==1.0.31',
-               'tensorboard==2.21.0',
+DEVELOPMENT = ['pytest==9.0.3', 'pytest-xdist==3.8.0', 'ruff==0.14.5', 'mypy==2.4.1',
+               'timm==1.0.31', 'tensorboard==2.21.0',
+               'hypothesis',  # of the constraint file
                # the site of `make docs`; mkdocstrings for Python 3.10 needs this pymdown-extensions
                'mkdocs==1.6.1', 'mkdocs-material==9.7.1', 'mkdocstrings==1.0.0',
                'mkdocstrings-python==2.0.1', 'pymdown-extensions==10.19']

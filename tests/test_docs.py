@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import ROOT, on_meta_device
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
@@ -117,6 +118,7 @@ DOCTESTS = [test for name in MODULES
 
 @pytest.mark.parametrize('test', DOCTESTS, ids=lambda test: test.name)
 def test_docstring(test):
+    MMLogger.get_current_instance()  # made here, it does not write into what doctest reads
     result = doctest.DocTestRunner().run(test)
     assert result.attempted > 0
     assert result.failed == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,6 +62,16 @@ class ReparamConv2d(WithConstants, ABC):
             divisible by `groups`.
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular']
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_channels: int,
@@ -79,7 +89,7 @@ class ReparamConv2d(WithConstants, ABC):
         super().__init__()
         # The stock layer checks and normalises the arguments; it holds no memory.
         geometry = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation,
-                             groups, bias, padding_mode, device='meta')
+                             groups, bias, padding_mode, device='meta')  # type: ignore[arg-type]
         height, width = geometry.kernel_size
         if height != width or height % 2 == 0:
             raise ValueError(f'{type(self).__name__} needs an odd square kernel, '
@@ -102,7 +112,7 @@ class ReparamConv2d(WithConstants, ABC):
     _is_replica = False
     extra_repr = nn.Conv2d.extra_repr
     #: What MMEngine's and MMCV's conv-BN functions call with a kernel of their own.
-    _conv_forward = nn.Conv2d._conv_forward
+    _conv_forward: Any = nn.Conv2d._conv_forward
 
     # --- to be given by a subclass -------------------------------------------
 
@@ -253,7 +263,7 @@ class ReparamConv2d(WithConstants, ABC):
                 f'this {type(self).__name__} cannot generate the kernel, it would miss it by '
                 f'{missed:.1e} of its largest value: a scale of its origin branch is zero, or a '
                 'stem is too narrow')
-        if bias is not None:
+        if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
         self.forget_kernel()
         return missed
@@ -282,7 +292,8 @@ class ReparamConv2d(WithConstants, ABC):
         """
         kernel, bias = self.equivalent_kernel_bias()
         conv = conv2d_like(self, kernel, bias, self._reference())
-        conv.gained_bias = self.bias is None and bias is not None
+        # a mark, which a BN behind it may take away
+        conv.gained_bias = self.bias is None and bias is not None  # type: ignore[assignment]
         return conv
 
     #: The name by which timm's `reparameterize_model` asks a layer what it equals.
@@ -324,11 +335,11 @@ class ReparamConv2d(WithConstants, ABC):
         self._evaluates = evaluates
         return super().train(mode)
 
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> ReparamConv2d:
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> nn.Module:
         self.forget_kernel()
         return super()._apply(fn, *args, **kwargs)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.forget_kernel()
         key = f'{prefix}weight'
         if key in state_dict and not self.branch_keys(prefix) & state_dict.keys():
@@ -350,7 +361,7 @@ class ReparamConv2d(WithConstants, ABC):
             args = local_metadata, strict, [], unexpected_keys, error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without a kept kernel."""
         return {**self.__dict__, '_kept': None}
 
@@ -386,13 +397,3 @@ class ReparamConv2d(WithConstants, ABC):
     def _exact_device(self) -> torch.device:
         device = self._reference().device
         return device if has_float64(device) else torch.device('cpu')
-
-
-class _NamedConv2d:
-    """What lets MMEngine's rules for `Conv2d` find a layer: they compare names of base classes.
-
-    Whatever such a rule writes into `weight` goes into the branches.
-    """
-
-
-_NamedConv2d.__name__ = 'Conv2d'

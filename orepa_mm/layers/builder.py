@@ -69,6 +69,12 @@ def build_orepa_conv(
 
     Raises:
         ValueError: If there is no OREPA block for this kernel, or of this name.
+
+    Example:
+        >>> build_orepa_conv(3, 8, 3, padding=1)
+        OREPAConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        >>> type(build_orepa_conv(3, 64, 7, padding=3)).__name__
+        'OREPAStemConv2d'
     """
     if block not in _BLOCKS:
         raise ValueError(f"conv_cfg=dict(type='OREPA', block={block!r}): there is no such block, "
@@ -78,19 +84,20 @@ def build_orepa_conv(
         raise ValueError(f"conv_cfg=dict(type='OREPA') needs odd square kernels, but a "
                          f'convolution with kernel_size={kernel_size} was asked for. Leave the '
                          'module that asks for it without this conv_cfg.')
+    kind: type[ReparamConv2d | nn.Conv2d]
     if height == 1:
         if not pointwise:
             for option in ('single_init', 'init_hyper_gamma', 'init_hyper_para'):
                 kwargs.pop(option, None)
-            layer = nn.Conv2d
+            kind = nn.Conv2d
         else:
-            layer = OREPAConv1x1
+            kind = OREPAConv1x1
     elif height >= STEM_KERNEL_SIZE and groups == 1:
-        layer = OREPAStemConv2d
+        kind = OREPAStemConv2d
     else:
-        layer = _BLOCKS[block]
-    layer = layer(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-                  **kwargs)
+        kind = _BLOCKS[block]
+    layer = kind(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                 **kwargs)
     for part in layer.modules():
         if isinstance(part, _BranchedConv2d):
             part.compiled = compile
@@ -103,7 +110,7 @@ def build_dbb_conv(
     out_channels: int,
     kernel_size: int | tuple[int, int],
     *args: Any,
-    norm_cfg: dict | None = None,
+    norm_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> DBBConv2d | nn.Conv2d:
     """Build the Diverse Branch Block for a convolution; 1 x 1 and stems stay plain, as published.

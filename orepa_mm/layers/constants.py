@@ -37,7 +37,8 @@ class WithConstants(nn.Module):
             self.register_buffer(name, constant.to(device), persistent=False)
 
     def _constants(self) -> dict[str, Tensor]:
-        return {name: self._buffers[name] for name in self._non_persistent_buffers_set}
+        return {name: buffer for name, buffer in self._buffers.items()
+                if buffer is not None and name in self._non_persistent_buffers_set}
 
     def _restore(self, constants: dict[str, Tensor]) -> None:
         """Put constants where the parameters are."""
@@ -55,7 +56,7 @@ class WithConstants(nn.Module):
         self._restore(constants)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         constants = self._constants()
         for name, own in constants.items():
             stored = state_dict.get(prefix + name)

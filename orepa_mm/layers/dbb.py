@@ -60,6 +60,8 @@ class DBBConv2d(ReparamConv2d):
                'average': ('average', 'window')}
     #: As of the OREPA blocks.
     branch_names = tuple(_CHAINS)
+    #: Ones, where the average is dilated, `(1, 1, k, k)`.
+    window: Tensor
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class DBBConv2d(ReparamConv2d):
                 f'(kernel_size // 2), got kernel_size={kernel_size}, padding={padding}, '
                 f'dilation={dilation}, padding_mode={padding_mode!r}')
 
-        def conv(channels: int, out: int, size: int, **kwargs: object) -> nn.Conv2d:
+        def conv(channels: int, out: int, size: int, **kwargs: Any) -> nn.Conv2d:
             return _Branch(channels, out, size, groups=g, bias=False, **kwargs,
                              **self._factory_kwargs)
 
@@ -95,27 +97,28 @@ class DBBConv2d(ReparamConv2d):
             if norm_layer is None:
                 return nn.BatchNorm2d(channels, **self._factory_kwargs)
             layer = norm_layer(channels).to(device=device, dtype=dtype)
-            if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                raise ValueError('DBBConv2d needs batch norm in its branches, got '
-                                 f'{type(layer).__name__}')
+            if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or any(
+                    part is None for part in (layer.running_mean, layer.weight, layer.bias)):
+                raise ValueError('DBBConv2d needs batch norm in its branches, with running '
+                                 f'statistics, weight and bias, got {layer}')
             return layer
 
         where = dict(stride=self.stride, dilation=self.dilation)
-        self.dbb_origin = nn.Sequential()
+        # of any type: their layers are found by name
+        self.dbb_origin: Any = nn.Sequential()
         self.dbb_origin.add_module('conv', conv(i, o, k, padding=margin, **where))
         self.dbb_origin.add_module('bn', norm(o))
-        self.dbb_avg = nn.Sequential()
+        self.dbb_avg: Any = nn.Sequential()
         self.dbb_avg.add_module('conv', conv(i, o, 1))
         self.dbb_avg.add_module('bn', _BNAndPad(norm(o), margin))
         self.dbb_avg.add_module('avgbn', norm(o))
-        self.dbb_1x1 = nn.Sequential()
+        self.dbb_1x1: Any = nn.Sequential()
         self.dbb_1x1.add_module('conv', conv(i, o, 1, stride=self.stride))
         self.dbb_1x1.add_module('bn', norm(o))
-        self.dbb_1x1_kxk = nn.Sequential()
+        self.dbb_1x1_kxk: Any = nn.Sequential()
         hidden = 2 * i if g > 1 and g == o else i
         if hidden == i:
-            self.dbb_1x1_kxk.add_module('idconv1', _IdentityConv1x1(
-                i, i, 1, groups=g, bias=False, **self._factory_kwargs))
+            self.dbb_1x1_kxk.add_module('idconv1', _IdentityConv1x1(i, g, **self._factory_kwargs))
         else:
             self.dbb_1x1_kxk.add_module('conv1', conv(i, hidden, 1))
         self.dbb_1x1_kxk.add_module('bn1', _BNAndPad(norm(hidden), margin))
@@ -239,9 +242,12 @@ class _Branch(_BranchConv2d):
 class _IdentityConv1x1(WithConstants, _BranchConv2d):
     """A 1 x 1 convolution whose kernel is added to the identity."""
 
-    def __init__(self, *args: object, device: object = None, dtype: torch.dtype | None = None,
-                 **kwargs: object) -> None:
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+    identity: Tensor
+
+    def __init__(self, channels: int, groups: int, device: torch.device | str | None,
+                 dtype: torch.dtype | None) -> None:
+        super().__init__(channels, channels, 1, groups=groups, bias=False, device=device,
+                         dtype=dtype)
         self._factory_kwargs = {'device': device, 'dtype': dtype}
         self._register_constants()
 
@@ -265,7 +271,7 @@ class _IdentityConv1x1(WithConstants, _BranchConv2d):
 class _BNAndPad(nn.Module):
     """A BN that pads with what it makes of zero, so that the border stays one kernel's."""
 
-    def __init__(self, bn: nn.Module, margin: tuple[int, int]) -> None:
+    def __init__(self, bn: Any, margin: tuple[int, ...]) -> None:
         super().__init__()
         self.bn = bn
         self.margin = margin
@@ -281,7 +287,7 @@ class _BNAndPad(nn.Module):
         return padded
 
 
-def _fuse(kernel: Tensor, bn: nn.Module, dtype: torch.dtype, device: torch.device
+def _fuse(kernel: Tensor, bn: Any, dtype: torch.dtype, device: torch.device
           ) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a convolution with its BN."""
     kernel, mean, variance, weight, bias = (

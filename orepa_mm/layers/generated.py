@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from .base import ReparamConv2d
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]  # of the class, a descriptor
 
 
 class GeneratedKernel(Tensor):
@@ -26,11 +31,11 @@ class GeneratedKernel(Tensor):
             `(o, i, k, k)`; a plain tensor.
     """
 
-    layer: nn.Module
+    layer: ReparamConv2d
     whole: Tensor
 
     @staticmethod
-    def of(layer: nn.Module, whole: Tensor, part: Tensor | None = None) -> GeneratedKernel:
+    def of(layer: ReparamConv2d, whole: Tensor, part: Tensor | None = None) -> GeneratedKernel:
         """Hand out a kernel.
 
         Args:
@@ -50,13 +55,13 @@ class GeneratedKernel(Tensor):
         super().__setattr__(name, value)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (),
-                           kwargs: dict | None = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
         """Call a function of PyTorch on plain tensors; pass what it wrote on to the layer."""
         kwargs = kwargs or {}
         kernels = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
-            if func == Tensor.data.__set__ and isinstance(args[0], cls):
+            if func == _SET_DATA and isinstance(args[0], cls):
                 _plain(args[0]).detach().copy_(_plain(args[1]))
                 _pass_on(args[0])
                 return None

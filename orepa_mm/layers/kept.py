@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class KeptKernel:
     """
 
     kernel: Tensor
-    sources: list[tuple]
+    sources: list[tuple[Any, ...]]
     tensors: list[Tensor]
     memory: list[torch.UntypedStorage]
 
@@ -38,7 +39,7 @@ class KeptKernel:
 
         Args:
             layer: What generated it.
-            kernel: Just generated.
+            kernel: Just generated, `(o, i, k, k)`.
         """
         if type(kernel) is not Tensor or kernel.is_meta or is_captured(kernel):
             return None  # a subclass that may hide its content, no content, or not our memory
@@ -87,5 +88,5 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
             for tensor in tensors.values() if tensor is not None]
 
 
-def _state(tensors: list[Tensor]) -> list[tuple]:
+def _state(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
     return [(id(t), t.data_ptr(), t._version, t.stride()) for t in tensors]

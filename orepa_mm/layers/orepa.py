@@ -9,13 +9,24 @@ their checkpoints loads as it is, without its BN.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import squeeze
-from .base import ReparamConv2d, _NamedConv2d
+from .base import ReparamConv2d
 from .squeezed import squeezed
+
+
+class _NamedConv2d:
+    """What lets MMEngine's rules for `Conv2d` find a layer: they compare names of base classes.
+
+    Whatever such a rule writes into `weight` goes into the branches.
+    """
+
+
+_NamedConv2d.__name__ = 'Conv2d'
 
 
 class _BranchedConv2d(ReparamConv2d):
@@ -27,6 +38,8 @@ class _BranchedConv2d(ReparamConv2d):
     branch_names: tuple[str, ...]
     #: Name of the origin branch's tensor, `(o, i, k, k)`.
     origin: str
+    #: Scaling vectors, one row for each branch, `(n, o)`.
+    vector: nn.Parameter
     #: Whether the squeeze runs through `torch.compile`.
     compiled = False
 
@@ -90,7 +103,8 @@ class _BranchedConv2d(ReparamConv2d):
         device = self._exact_device()
         tensors = {name: None if tensor is None else self._at(tensor, dtype, device)
                    for name, tensor in tensors.items()}
-        scales, found = tensors.pop('scales'), {}
+        scales: Any = tensors.pop('scales')
+        found = {}
         for row, name in enumerate(self.branch_names):  # the kernel is linear in the scales
             alone = torch.zeros_like(scales)
             alone[row] = scales[row] if scaled else 1
@@ -105,6 +119,8 @@ class _KxK(_BranchedConv2d):
     prefix: str
     #: `a` of the Kaiming-uniform initialisation.
     kaiming_slope: float
+    #: See `squeeze.branch_windows`.
+    windows: Tensor
     expansion = 8
 
     def __init__(
@@ -180,8 +196,8 @@ class _KxK(_BranchedConv2d):
 class _OREPAConv2d(_KxK):
     """The OREPA block without the name by which stock rules of initialisation find it."""
 
-    initial_scales = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
-    branch_names = ('origin', 'average', 'prior', '1x1-kxk', '1x1', 'separable')
+    initial_scales: tuple[float, ...] = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
+    branch_names: tuple[str, ...] = ('origin', 'average', 'prior', '1x1-kxk', '1x1', 'separable')
     prefix = 'weight_orepa_'
     origin = 'weight_orepa_origin'
     kaiming_slope = 0.0
@@ -276,8 +292,8 @@ class OREPARepVGGConv2d(_KxK, _NamedConv2d):
     def _arguments(self) -> tuple[str, dict[str, Tensor | None], dict[str, int]]:
         identity_based = hasattr(self, 'id_tensor')
         return self._arguments_of(
-            self.weight_rbr_1x1_kxk_idconv1 if identity_based else self.weight_rbr_1x1_kxk_conv1,
-            None, self.vector[:-1] if self._has_unread_row else self.vector,
+            getattr(self, f'{self.prefix}1x1_kxk_{"idconv1" if identity_based else "conv1"}'), None,
+            self.vector[:-1] if self._has_unread_row else self.vector,
             identities=int(identity_based))
 
 

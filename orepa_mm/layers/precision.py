@@ -39,7 +39,7 @@ def exact_float32() -> Iterator[None]:
         _BACKENDS.cudnn.benchmark = benchmark
 
 
-def exact_products(device: torch.device) -> contextlib.AbstractContextManager:
+def exact_products(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Multiply matrices in float32 at least: no autocast, no TF32, on one kind of device.
 
     A graph that is being compiled keeps the precision that the user set.
@@ -53,7 +53,7 @@ def exact_products(device: torch.device) -> contextlib.AbstractContextManager:
     return context if setting is None or _is_exact(setting) else _switched([setting], context)
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Compute in the types that are given, on one kind of device.
 
     Args:
@@ -87,8 +87,8 @@ def _is_exact(setting: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _switched(settings: Sequence[Any], inside: contextlib.AbstractContextManager | None = None
-              ) -> Iterator[None]:
+def _switched(settings: Sequence[Any],
+              inside: contextlib.AbstractContextManager[Any] | None = None) -> Iterator[None]:
     name, exact = ('fp32_precision', 'ieee') if _HAS_PRECISION else ('allow_tf32', False)
     settings = [setting for setting in settings if hasattr(setting, name)]
     before = [getattr(setting, name) for setting in settings]

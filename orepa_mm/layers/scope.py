@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .kept import KeptKernel, is_captured, is_recorded
 
 
-class _Scope(dict[nn.Module, dict[tuple, KeptKernel]]):
+class _Scope(dict[nn.Module, dict[tuple[bool, bool], KeptKernel]]):
     """Kernels by layer and by what autograd does; a class of its own, to be referred to weakly."""
 
 
@@ -122,7 +122,7 @@ def open_in_forward_passes() -> None:
             # looked up now: tracers of fx put their own in place of it
             return super(BaseModel, self).__call__(*args, **kwargs)
 
-    __call__.opens_scope = True
+    __call__.opens_scope = True  # type: ignore[attr-defined]  # a mark, for the second call
     BaseModel.__call__ = __call__
 
 

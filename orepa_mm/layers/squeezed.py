@@ -19,7 +19,7 @@ from .kept import is_recorded
 from .precision import without_autocast
 
 #: `_Compiled` looks at shapes itself; what is generated checks them again.
-_OPTIONS = {'guard_filter_fn': torch.compiler.skip_all_guards_unsafe} if hasattr(
+_OPTIONS: dict[str, Any] = {'guard_filter_fn': torch.compiler.skip_all_guards_unsafe} if hasattr(
     torch.compiler, 'skip_all_guards_unsafe') else {}
 _functorch_is_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 
@@ -108,7 +108,7 @@ class _Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.by_shape: dict[tuple, Callable[..., Any]] = {}
+        self.by_shape: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _Compiled.failed:
@@ -120,7 +120,8 @@ class _Compiled:
         run = self.by_shape.get(key)
         return self._first_call(key, args, kwargs) if run is None else run(*args, **kwargs)
 
-    def _first_call(self, key: tuple, args: tuple, kwargs: dict) -> Any:
+    def _first_call(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+                    ) -> Any:
         # A code object of its own: TorchDynamo compiles few shapes of one, then gives up.
         code = self.function.__code__
         code = code.replace(co_consts=(*code.co_consts, len(self.by_shape)))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import squeeze
-from .base import ReparamConv2d, _NamedConv2d
-from .orepa import _OREPAConv2d
+from .base import ReparamConv2d
+from .orepa import _NamedConv2d, _OREPAConv2d
 
 
 class _Generator(_OREPAConv2d):
@@ -20,7 +20,7 @@ class _Generator(_OREPAConv2d):
     Rules go by names of classes, and one for a whole part of a model by `weight`.
     """
 
-    weight = None
+    weight = None  # type: ignore[assignment]  # taken away on purpose
 
 
 class OREPAStemConv2d(ReparamConv2d, _NamedConv2d):
@@ -52,6 +52,8 @@ class OREPAStemConv2d(ReparamConv2d, _NamedConv2d):
     Raises:
         ValueError: If `kernel_size` is not larger than 3 or `groups` is not 1.
     """
+
+    weight0: _Generator
 
     def __init__(
         self,

@@ -22,9 +22,10 @@ def conv2d_like(layer: nn.Module, kernel: Tensor, bias: Tensor | None, reference
         A new `torch.nn.Conv2d`, marked as `reparameterized`.
     """
     trainable = any(parameter.requires_grad for parameter in layer.parameters())
-    conv = nn.Conv2d(kernel.shape[1] * layer.groups, kernel.shape[0], kernel.shape[2:],
-                     layer.stride, layer.padding, layer.dilation, layer.groups, bias is not None,
-                     layer.padding_mode, device='meta')
+    geometry = {name: getattr(layer, name) for name in (
+        'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')}
+    conv = nn.Conv2d(kernel.shape[1] * geometry['groups'], kernel.shape[0],
+                     bias=bias is not None, device='meta', **geometry)
     channels_last = any(
         p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
         and not p.is_contiguous() for p in layer.parameters())
@@ -32,5 +33,5 @@ def conv2d_like(layer: nn.Module, kernel: Tensor, bias: Tensor | None, reference
         memory_format=torch.channels_last if channels_last else torch.contiguous_format), trainable)
     if bias is not None:
         conv.bias = nn.Parameter(bias.to(reference.dtype).to(reference.device), trainable)
-    conv.reparameterized = True  # tells a second conversion that there was a first
+    conv.reparameterized = True  # type: ignore[assignment]  # tells a second conversion of a first
     return conv.train(layer.training)

@@ -74,7 +74,7 @@ def replace_with_conv2d(model: nn.Module) -> nn.Module:
                 module._modules[name] = walk(child)
         conv_cfg = getattr(module, 'conv_cfg', None)
         if isinstance(conv_cfg, dict) and conv_cfg.get('type') in _OUR_TYPES:
-            module.conv_cfg = None
+            module.conv_cfg = None  # type: ignore[assignment]  # a config, no submodule
         return module
 
     return walk(model)
@@ -96,6 +96,7 @@ def adjacent_children(model: nn.Module
     for parent in list(model.modules()):
         if parent not in inside:
             # not named_children(): that leaves out a child that was there before
-            children = [item for item in parent._modules.items() if item[1] is not None]
+            children = [(name, child) for name, child in parent._modules.items()
+                        if child is not None]
             for (first_name, first), (name, second) in pairwise(children):
                 yield parent, first_name, first, name, second

@@ -4,7 +4,8 @@ from .expand import expand
 from .expanded import build_expanded, stock_cfg_of_expanded
 from .fold import fold_batch_norm
 from .reparameterize import is_training_form, reparameterize, unwrapped
-from .verify import VerificationReport, verify
+from .verification_report import VerificationReport
+from .verify import verify
 
 __all__ = ['VerificationReport', 'build_expanded', 'expand', 'fold_batch_norm', 'is_training_form',
            'reparameterize', 'stock_cfg_of_expanded', 'unwrapped', 'verify']

@@ -75,7 +75,7 @@ def expand(model: nn.Module, conv_cfg: Mapping[str, Any] | None = None,
         reason = _why_left(module, its_names, include, exclude)
         if reason is None:
             try:
-                blocks[module] = _block_of(module, conv_cfg)
+                blocks[module] = _block_of(module, conv_cfg)  # type: ignore[arg-type]  # a Conv2d
                 continue
             except ValueError as error:  # no block for this kernel, or it cannot generate it
                 reason = str(error).partition('. ')[0]
@@ -135,9 +135,10 @@ def _block_of(conv: nn.Conv2d, conv_cfg: Mapping[str, Any]) -> ReparamConv2d:
     block.set_kernel(conv.weight, conv.bias)
     if conv.weight.is_contiguous(memory_format=torch.channels_last) and not (
             conv.weight.is_contiguous()):
-        block = block.to(memory_format=torch.channels_last)
+        # not in PyTorch's stubs
+        block = block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     block.requires_grad_(conv.weight.requires_grad)
-    if conv.bias is not None:
+    if block.bias is not None and conv.bias is not None:
         block.bias.requires_grad_(conv.bias.requires_grad)
     return block.train(conv.training)
 
@@ -156,6 +157,6 @@ def replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Modu
         return others[model]
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if child in others:
+            if child is not None and child in others:
                 module._modules[name] = others[child]
     return model

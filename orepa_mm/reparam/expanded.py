@@ -63,7 +63,8 @@ def build_expanded(model_type: str, expand: Mapping[str, Any] | None = None, **c
     blocks = [block for block in reparam_layers(model) if block not in before]
     if hasattr(model, 'init_weights') and model not in blocks:
         # on the instance, since its class stays the stock one; copies get a partial of their own
-        model.init_weights = functools.partial(_init_in_plain_form, model, blocks)
+        model.init_weights = functools.partial(  # type: ignore[assignment]
+            _init_in_plain_form, model, blocks)
     return model
 
 
@@ -77,21 +78,21 @@ def stock_cfg_of_expanded(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {**stock, 'type': cfg['model_type']}
 
 
-def _init_in_plain_form(model: nn.Module, blocks: Sequence[ReparamConv2d]) -> None:
+def _init_in_plain_form(model: Any, blocks: Sequence[ReparamConv2d]) -> None:
     """Initialise a model as its stock class does, with plain convolutions in place of blocks.
 
     The blocks and their parameters stay the same objects: an optimizer may
     hold them already.
     """
     del model.init_weights  # from here on it is that of the class
-    convs = {block: block.to_conv2d() for block in blocks}
-    replaced(model, convs)
-    _note_parameters(model, convs.values())
+    convs = [block.to_conv2d() for block in blocks]
+    replaced(model, dict(zip(blocks, convs)))
+    _note_parameters(model, convs)
     try:
         model.init_weights()
     finally:
-        replaced(model, {conv: block for block, conv in convs.items()})
-    for block, conv in convs.items():
+        replaced(model, dict(zip(convs, blocks)))
+    for block, conv in zip(blocks, convs):
         block.set_kernel(conv.weight, conv.bias)
 
 

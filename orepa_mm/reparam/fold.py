@@ -40,6 +40,14 @@ def fold_batch_norm(model: nn.Module) -> int:
 
     Returns:
         Number of folded BN.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+        >>> fold_batch_norm(model)
+        1
+        >>> model[1]
+        Identity()
     """
     uses = Counter(child for module in model.modules()
                    for child in module._modules.values() if child is not None)
@@ -47,9 +55,10 @@ def fold_batch_norm(model: nn.Module) -> int:
     for parent, conv_name, conv, norm_name, norm in adjacent_children(model):
         if (follows(parent, conv, norm) and uses[conv] == uses[norm] == 1
                 and parent._modules[conv_name] is conv):
-            parent._modules[conv_name] = _fused(conv, norm)
+            parent._modules[conv_name] = _fused(conv, norm)  # type: ignore[arg-type]  # see follows
             identity = nn.Identity().train(norm.training)
-            identity.folded_norm = True  # tells a folded model from one without BN
+            # tells a folded model from one without BN
+            identity.folded_norm = True  # type: ignore[assignment]
             parent._modules[norm_name] = identity
             folded += 1
     return folded
@@ -119,7 +128,7 @@ def _fused(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
     trainable = any(p.requires_grad for layer in (conv, norm) for p in layer.parameters())
     dtype, training = conv.weight.dtype, conv.training
     with torch.no_grad():
-        conv, norm = (copy.deepcopy(layer).double().eval() for layer in (conv, norm))
-        fused = fuse_conv_bn_eval(conv, norm).to(dtype)
+        fused = fuse_conv_bn_eval(copy.deepcopy(conv).double().eval(),
+                                  copy.deepcopy(norm).double().eval()).to(dtype)
     fused.requires_grad_(trainable)
     return fused.train(training)

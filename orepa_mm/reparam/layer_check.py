@@ -83,7 +83,7 @@ def errors_on_random_inputs(before: nn.Module, after: nn.Module
     for name, layer in layers_with_branches(before).items():
         counterpart = others.get(name)
         if isinstance(counterpart, nn.Conv2d):
-            one, other, unit = layer, counterpart, name
+            one, other, unit = modules[name], others[name], name
             norm = followers.get(layer)
             if norm in others and (has_bias(layer) != has_bias(counterpart)
                                    or type(modules[norm]) is not type(others[norm])):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from ..layers.precision import has_float64
 from .selection import SameSelection
 
 
-def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
+def raw_outputs(model: nn.Module, batch: dict[str, Any], proposals: list[Any] | None = None,
                 failed: dict[str, str] | None = None,
                 selection: SameSelection | None = None) -> dict[str, Tensor]:
     """What the network computes before any selection: features and head outputs.
@@ -60,8 +62,8 @@ def raw_outputs(model: nn.Module, batch: dict, proposals: list | None = None,
                 ('roi', lambda features: model.roi_head.forward(
                     features, [p.to(reference) for p in proposals], samples))):
             if 'features' in outputs:
-                run(group, lambda head=head: head(outputs['features']))
-            else:
+                run(group, functools.partial(head, outputs['features']))
+            elif failed is not None:
                 failed[group] = 'it needs the features'
     outputs['selected from'] = selection.scores
     return {name: tensor for name, tensor in flattened(outputs) if tensor.numel()}
@@ -75,7 +77,7 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _tensor_mode(model: nn.Module, inputs: Tensor, samples: list) -> object:
+def _tensor_mode(model: nn.Module, inputs: Tensor, samples: list[Any]) -> object:
     """What a model gives as tensors; some segmentors of several heads can only predict."""
     try:
         return model(inputs, samples, mode='tensor')
@@ -85,7 +87,7 @@ def _tensor_mode(model: nn.Module, inputs: Tensor, samples: list) -> object:
         return model.encode_decode(inputs, [sample.metainfo for sample in samples])
 
 
-def own_proposals(model: nn.Module, batch: dict) -> list | None:
+def own_proposals(model: nn.Module, batch: dict[str, Any]) -> list[Any] | None:
     """The proposals of a detector that selects them by score, None for every other model.
 
     Args:

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -134,9 +135,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if type(model).__name__.endswith(('FullyShardedDataParallel', 'FSDP')):
             raise _sharded(model)
         if hasattr(model, '_orig_mod'):  # torch.compile
-            model = model._orig_mod
+            model = model.get_submodule('_orig_mod')
         elif is_model_wrapper(model):
-            model = model.module
+            model = model.get_submodule('module')
         else:
             return model
 
@@ -169,19 +170,18 @@ def _foreign_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def _switch_foreign(block: nn.Module) -> None:
+def _switch_foreign(block: Any) -> None:
     """Let a block re-parameterize itself, in float64; what it forgets is kept.
 
     The methods of OpenMMLab's blocks forget the training flag and `requires_grad`.
     """
     states = {parameter: parameter.requires_grad for parameter in block.parameters()}
     reference, training = next(iter(states), None), block.training
-    exact = reference is not None and has_float64(reference.device)
-    dtype = reference.dtype if exact else None
+    dtype = reference.dtype if reference is not None and has_float64(reference.device) else None
     trainable = any(states.values())
     try:
         block._is_switching = True  # its method may call `reparameterize`
-        if exact:
+        if dtype is not None:
             block.double()
         block.switch_to_deploy()
     except AssertionError as error:  # of a norm that they do not know
@@ -189,7 +189,7 @@ def _switch_foreign(block: nn.Module) -> None:
                          ) from error
     finally:
         del block._is_switching
-        if exact:
+        if dtype is not None:
             block.to(dtype)
     for parameter in block.parameters():
         parameter.requires_grad_(states.get(parameter, trainable))
@@ -211,7 +211,7 @@ def _bias_into_norm(model: nn.Module) -> None:
     for conv, behind in norms.items():
         if conv.bias is not None and len(behind) == uses[conv]:  # else some use has no BN
             for norm in dict.fromkeys(behind):
-                norm.running_mean.data.sub_(conv.bias.detach())
+                norm.get_buffer('running_mean').data.sub_(conv.get_parameter('bias').detach())
             conv.register_parameter('bias', None)
 
 

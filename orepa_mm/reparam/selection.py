@@ -32,8 +32,8 @@ class SameSelection(TorchFunctionMode):
         self.indices: list[Tensor] = []
         self.scores: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (),
-                           kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func not in (torch.topk, Tensor.topk) or kwargs.get('out') is not None:

@@ -112,7 +112,14 @@ class VerificationReport:
         return self.passed and not (self.skipped or self.not_run or self.dead)
 
     def largest(self, dtype: str) -> OutputError:
-        """The raw output with the largest error in `dtype`."""
+        """The raw output with the largest error.
+
+        Args:
+            dtype: `float32` or `float64`, of the comparison.
+
+        Raises:
+            ValueError: If no output was compared in this dtype.
+        """
         return max((e for e in self.errors if e.dtype == dtype), key=lambda e: e.error)
 
     def dtypes(self) -> dict[str, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,13 @@ ROUNDING_TOLERANCE = 1e-3
 _UNITS_OF_ROUNDING = 8
 #: How an entry of a layer that was run by itself is marked.
 ALONE = ' (on a random input)'
+#: Errors by (output, dtype).
+_Errors = dict[tuple[str, str], float]
 
 
 def verify(before: nn.Module, after: nn.Module,
-           inputs: Tensor | dict | Sequence[Tensor | dict]) -> VerificationReport:
+           inputs: Tensor | dict[str, Any] | Sequence[Tensor | dict[str, Any]]
+           ) -> VerificationReport:
     """Compare two forms of a model: their raw outputs on real inputs, and layer by layer.
 
     Four comparisons, all on copies in eval mode, of one dtype at a time:
@@ -66,6 +70,14 @@ def verify(before: nn.Module, after: nn.Module,
     Returns:
         The errors of all of these, what did not run, layers that were not
         converted, and where a difference starts.
+
+    Example:
+        >>> import torch
+        >>> from orepa_mm.layers import OREPAConv2d
+        >>> from orepa_mm.reparam import reparameterize
+        >>> model = OREPAConv2d(3, 8, 3, padding=1)
+        >>> verify(model, reparameterize(model), torch.rand(2, 3, 16, 16)).passed
+        True
     """
     before, after = unwrapped(before), unwrapped(after)
     batches = [{'inputs': batch} if isinstance(batch, Tensor) else batch
@@ -85,11 +97,11 @@ def verify(before: nn.Module, after: nn.Module,
 
 @dataclass
 class _Findings:
-    """What the comparisons found so far; errors by (output, dtype), the largest of all batches."""
+    """What the comparisons found so far; errors are the largest of all batches."""
 
     unit: float  # of rounding, of the stored tensors
-    errors: dict[tuple[str, str], float] = field(default_factory=dict)
-    rounding: dict[tuple[str, str], float] = field(default_factory=dict)
+    errors: _Errors = field(default_factory=dict)
+    rounding: _Errors = field(default_factory=dict)
     layers: list[OutputError] = field(default_factory=list)
     skipped: dict[tuple[str, str, str], SkippedOutputs] = field(default_factory=dict)
     uncompared: list[str] = field(default_factory=list)
@@ -98,15 +110,15 @@ class _Findings:
     dead: set[str] = field(default_factory=set)
     first_difference: str | None = None
 
-    def tolerance(self, errors: dict, dtype: str) -> float:
+    def tolerance(self, errors: _Errors, dtype: str) -> float:
         if errors is self.rounding:
             return max(ROUNDING_TOLERANCE, _UNITS_OF_ROUNDING * self.unit)
         if dtype == 'float64':  # there, nothing is stored
             return TOLERANCES[dtype]
         return max(TOLERANCES[dtype], _UNITS_OF_ROUNDING * self.unit)
 
-    def outputs(self, model: nn.Module, form: str, dtype: str, batch: dict,
-                proposals: list | None, selection: SameSelection) -> dict[str, Tensor]:
+    def outputs(self, model: nn.Module, form: str, dtype: str, batch: dict[str, Any],
+                proposals: list[Any] | None, selection: SameSelection) -> dict[str, Tensor]:
         """Raw outputs; what does not run is noted."""
         failed: dict[str, str] = {}
         outputs = raw_outputs(model, batch, proposals, failed, selection)
@@ -118,7 +130,7 @@ class _Findings:
             self.skipped.setdefault((group, form, dtype),
                                     SkippedOutputs(group, form, dtype, reason))
 
-    def compare(self, errors: dict, dtype: str, expected: Mapping[str, Tensor],
+    def compare(self, errors: _Errors, dtype: str, expected: Mapping[str, Tensor],
                 found: Mapping[str, Tensor]) -> bool:
         """Note the errors of one batch; whether all outputs agree."""
         agree = True
@@ -132,20 +144,20 @@ class _Findings:
             agree &= error <= self.tolerance(errors, dtype)
         return agree
 
-    def listed(self, errors: dict[tuple[str, str], float]) -> tuple[OutputError, ...]:
+    def listed(self, errors: _Errors) -> tuple[OutputError, ...]:
         return tuple(OutputError(name, dtype, error, self.tolerance(errors, dtype))
                      for (name, dtype), error in sorted(errors.items()))
 
 
-def _compare_in_float32(before: nn.Module, after: nn.Module, batches: list[dict],
-                        found: _Findings) -> list[list | None]:
+def _compare_in_float32(before: nn.Module, after: nn.Module, batches: list[dict[str, Any]],
+                        found: _Findings) -> list[list[Any] | None]:
     """Compare raw outputs; the proposals of each batch."""
     before, after = frozen(before, torch.float32), frozen(after, torch.float32)
     called: set[str] = set()
     layers = layers_with_branches(before)
     for name, layer in layers.items():
         layer.register_forward_hook(lambda module, args, output, name=name: called.add(name))
-    proposals: list[list | None] = []
+    proposals: list[list[Any] | None] = []
     for batch in batches:
         try:
             proposals.append(own_proposals(before, batch))
@@ -160,8 +172,8 @@ def _compare_in_float32(before: nn.Module, after: nn.Module, batches: list[dict]
     return proposals
 
 
-def _compare_in_float64(before: nn.Module, after: nn.Module, batches: list[dict],
-                        proposals: list[list | None], found: _Findings) -> None:
+def _compare_in_float64(before: nn.Module, after: nn.Module, batches: list[dict[str, Any]],
+                        proposals: list[list[Any] | None], found: _Findings) -> None:
     """Compare raw outputs with exact and with stored kernels, and all layers."""
     before, stored = frozen(before, torch.float64), frozen(after, torch.float64)
     exact = _re_parameterized(before, folded=any(

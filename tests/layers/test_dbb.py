@@ -84,7 +84,12 @@ def test_it_has_no_weight_that_could_be_read_without_its_bias_or_written():
     (dict(kernel_size=3, padding=0), 'padding=0'), (dict(kernel_size=1), 'larger than 1 x 1'),
     (dict(kernel_size=3, padding=1, dilation=2), 'dilation=2'),
     (dict(kernel_size=3, padding=1, padding_mode='reflect'), 'reflect'),
-    (dict(kernel_size=3, padding=1, norm_layer=lambda n: nn.GroupNorm(1, n)), 'GroupNorm')])
+    (dict(kernel_size=3, padding=1, norm_layer=lambda n: nn.GroupNorm(1, n)), 'GroupNorm'),
+    (dict(kernel_size=3, padding=1, norm_layer=lambda n: nn.BatchNorm2d(n, affine=False)),
+     'affine=False'),
+    (dict(kernel_size=3, padding=1,
+          norm_layer=lambda n: nn.BatchNorm2d(n, track_running_stats=False)),
+     'track_running_stats=False')])
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         DBBConv2d(4, 4, **arguments)
