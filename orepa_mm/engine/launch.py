@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from .resume import FinalValidationHook, checkpoint_folders, newest_checkpoint
 _PARTS = {'train': ('train_dataloader', 'train_cfg', 'optim_wrapper'),
           'val': ('val_dataloader', 'val_cfg', 'val_evaluator'),
           'test': ('test_dataloader', 'test_cfg', 'test_evaluator')}
+#: What a launcher tells each process.
+_LAUNCHED = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -44,15 +47,17 @@ def build_runner(cfg: Config) -> Runner:
 
     Raises:
         CheckpointError: See `newest_checkpoint`.
-        ConfigError: See `require_loops`.
+        ConfigError: See `require_loops`; if no launcher started this process, though the
+            config names one.
         OSError: If the work folder cannot be written to.
     """
     require_loops(cfg)
+    _require_launched(cfg)
     require_writable_folder(cfg.work_dir)
     if (cfg.get('randomness') or {}).get('deterministic'):
         # cuBLAS reads it when CUDA starts; without it PyTorch refuses to multiply matrices
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+    if cfg.launcher in ('pytorch', 'slurm') and not torch.cuda.is_available():
         _prepare_cpu_processes(cfg)
     runner = runner_class(cfg).from_cfg(cfg)
     model = bare_model(runner)
@@ -145,9 +150,20 @@ def on_main_process(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def _require_launched(cfg: Config) -> None:
+    name = _LAUNCHED.get(cfg.launcher)
+    if name and name not in os.environ and not torch.distributed.is_initialized():
+        raise ConfigError(
+            f'--launcher {cfg.launcher} was given, but this process was not started by it ({name} '
+            'is not set): start with tools/dist_train.sh, tools/slurm_train.sh or `mim train '
+            '--launcher`, or leave --launcher out')
+
+
 def _prepare_cpu_processes(cfg: Config) -> None:
     """Start gloo here: MMEngine's own way to it asks for a CUDA device."""
-    if not torch.distributed.is_initialized() and 'RANK' in os.environ:
+    if cfg.launcher == 'slurm':
+        _say_what_torchrun_would()
+    if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     cfg.setdefault('model_wrapper_cfg', dict(
         type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None))
@@ -157,3 +173,15 @@ def _prepare_cpu_processes(cfg: Config) -> None:
     if synced:
         print_log('SyncBN works on GPUs only: on the CPU each process normalizes its own batch',
                   'current', logging.WARNING)
+
+
+def _say_what_torchrun_would() -> None:
+    """Name this process to PyTorch by what Slurm says of it, as MMEngine does for GPUs."""
+    slurm = os.environ
+    slurm.update(RANK=slurm['SLURM_PROCID'], WORLD_SIZE=slurm['SLURM_NTASKS'],
+                 LOCAL_RANK=slurm.get('SLURM_LOCALID', '0'))
+    slurm.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in slurm:
+        hosts = subprocess.run(['scontrol', 'show', 'hostnames', slurm['SLURM_NODELIST']],
+                               capture_output=True, text=True, check=True).stdout
+        slurm['MASTER_ADDR'] = hosts.split()[0]

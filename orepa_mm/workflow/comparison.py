@@ -240,8 +240,8 @@ def _train(run: Run, slot: int, parallel: int, stopped: threading.Event) -> int:
     environment = _environment(slot, parallel)
     with (run.folder / LOG).open('a') as log:
         process = subprocess.Popen([sys.executable, '-m', 'orepa_mm.workflow.comparison_run',
-                                    str(run.folder)], stdout=log, stderr=subprocess.STDOUT,
-                                   env=environment)
+                                    str(run.folder), str(os.getpid())], stdout=log,
+                                   stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None and not stopped.wait(_LOOK):
                 pass

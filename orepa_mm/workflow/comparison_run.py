@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +46,8 @@ except ImportError:  # Windows: no lock there, and no peak of memory
 
 #: What lies in the folder of a run.
 CONFIG, TRAINED, RESULT, LOG, LOCK = 'config.py', 'train', 'result.json', 'log.txt', 'lock'
+#: Seconds between two looks at the parent.
+_LOOK = 1.0
 #: In place of what was not logged.
 _UNKNOWN = {0: math.nan}
 
@@ -121,6 +125,19 @@ def _tested(cfg: Config, checkpoint: str, folder: Path, training_form: bool
         return {FORMS[1]: tested_metrics(runner, temporary)}, {}
 
 
+def _end_with(parent: int) -> None:
+    """End this process once another one is no longer its parent: that was killed.
+
+    Else the training would go on, and keep the same command from going on with it.
+    """
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Refuse to work where another process does; the lock goes with the process."""
@@ -144,6 +161,8 @@ def _peak_bytes() -> int | None:
 
 
 if __name__ == '__main__':
+    if sys.argv[2:]:
+        _end_with(int(sys.argv[2]))
     try:
         run_variant(sys.argv[1])
     except (CheckpointError, ConfigError, NothingToConvertError, VerificationError,

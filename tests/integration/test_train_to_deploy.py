@@ -1,14 +1,12 @@
 """One short real run through the tools: train, resume, test, re-parameterize, test."""
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, metrics_of_test, run, run_each
-from mmengine.config import Config
 
 from orepa_mm.checkpoints import load_checkpoint
 from orepa_mm.datasets import make_shapes_coco
@@ -172,20 +170,6 @@ def test_checkpoint_of_the_other_form_is_refused(folder, refusals, command):
     assert ('Traceback' in output) == command.startswith(str(MMDET_TEST))
     if command.startswith(('tools/test', 'tools/reparam')):
         assert f'error: {command.split()[-1].replace("RUN", str(folder))}' in output
-
-
-def test_two_processes_re_parameterize(folder, trained):
-    """Both test; the main one compares and writes."""
-    output = run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2,
-                 'tools/reparam.py', folder / 'config.py', folder / 'train' / 'iter_4.pth',
-                 '--work-dir', folder / 'distributed', '--data-root', folder / 'data',
-                 '--out', folder / 'deployed2', '--latency-rounds', 1, '--launcher', 'pytorch',
-                 env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '-1'})
-    assert output.count('before and after re-parameterization') == 1
-    report = json.loads((folder / 'deployed2' / 'report.json').read_text())
-    assert report['metrics']['deployed'] == pytest.approx(report['metrics']['training'], abs=1e-4)
-    cfg = Config.fromfile(folder / 'deployed2' / 'config.py')
-    assert 'model_wrapper_cfg' not in cfg
 
 
 def test_help_answers():
