@@ -23,6 +23,10 @@ class ConfigError(UserError, ValueError):
     """A config lacks what was asked of it; the message says what."""
 
 
+class DamagedFileError(UserError, ValueError):
+    """A file that is read, and is no checkpoint, is torn or of another kind; it is named."""
+
+
 class DataRootError(UserError, ValueError):
     """A folder is not laid out as the config expects; the message says how it is."""
 
@@ -37,6 +41,10 @@ class VerificationError(UserError, RuntimeError):
 
 class OnnxExportError(UserError, RuntimeError):
     """A model has no ONNX form; the message says why."""
+
+
+class DivergedError(UserError, RuntimeError):
+    """Weights became NaN or infinite in training; the message names the last good checkpoint."""
 
 
 class DryRunError(UserError, RuntimeError):

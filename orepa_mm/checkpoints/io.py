@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shortened
 from .forms import note, noted
+
+#: How files of other kinds begin, and what they are.
+_OTHER_KINDS = (
+    (rb'\s*<(!doctype|html|\?xml)', 'a web page: download the file itself'),
+    (rb'version https://git-lfs', 'a pointer of Git LFS: fetch the file itself with git lfs pull'),
+    (rb'\x89HDF', 'an HDF5 file, as Keras writes them'),
+    (rb'.{8}\s*\{', 'a safetensors file: load it with safetensors.torch.load_file and save what it '
+     'holds with torch.save'),
+    (rb'\x1f\x8b', 'a gzip archive: unpack it'),
+    (rb'.{257}ustar', 'a tar archive: unpack it; if PyTorch wrote it before version 0.4, load it '
+     'with a PyTorch of that time and save it anew'),
+    (rb'\x89PNG|\xff\xd8\xff|GIF8', 'an image'),
+    (rb'\x08[\x01-\x14]\x12', 'an ONNX file'),
+)
+#: What can be done about a file that is damaged.
+_ANEW = 'copy or download it again'
+#: Bytes that a packed part of an archive may have unpacked, for each that it has packed. Deflate
+#: reaches 1032, weights about 1.1.
+_LARGEST_RATIO = 200
+_SMALL = 1 << 24
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -29,14 +51,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If the file is damaged, holds anything but tensors and
-            the plain data of a runner's checkpoint, or is no dictionary.
+            the plain data of a runner's checkpoint, or no weights with values; or
+            if what is said under `meta` is not of the kind that a runner writes.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(f'the checkpoint {path} is a folder: give a file in it')
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
     checkpoint = read_file(path)
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
+        raise CheckpointError(f'{path} holds an object of type {type(checkpoint).__name__}, not a '
+                              'checkpoint: give a file with a state dict')
+    try:
+        state = model_state_dict(checkpoint)
+        empty = [key for key, value in state.items() if value.is_meta]
+        if empty:
+            raise CheckpointError(f'{shortened(empty)} is no ordinary tensor with values, but one '
+                                  'of the meta device: save the model with its values')
+        if 'state_dict' in checkpoint:
+            _require_sound_meta(checkpoint.get('meta'))
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: {error}') from error
     return checkpoint
 
 
@@ -64,17 +100,25 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
     """
     source = _verified(Path(path))
     try:
-        content = torch.load(source, map_location=map_location, weights_only=weights_only)
+        with warnings.catch_warnings():
+            # of a file that no torch.save wrote; it is refused anyway
+            warnings.filterwarnings('ignore', message='Detected pickle protocol')
+            content = torch.load(source, map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
+        _require_known_kind(path)
         raise CheckpointError(f'{path} was not loaded, because it is damaged or holds more than '
-                              f'tensors and plain data: {_reason(error)}') from error
+                              f'tensors and plain data: {_reason(error)}. {_ANEW.capitalize()}, or '
+                              'let who made it save the weights alone, as a state_dict') from error
     except OSError:
         raise
     except Exception as error:  # an old file has no checksums: its damage may show as anything
+        _require_known_kind(path)
         raise CheckpointError(f'{path} could not be read, it may be damaged or no PyTorch '
-                              f'checkpoint: {type(error).__name__}: {error}') from error
+                              f'checkpoint: {type(error).__name__}: {error}; {_ANEW}') from error
     if isinstance(content, dict):
         meta, state = content.get('meta'), content.get('state_dict')
+        if isinstance(state, Mapping):
+            require_names(state, f'{path} cannot be used: ')
         if isinstance(meta, Mapping) and meta.get('form') and isinstance(state, dict):
             content['state_dict'] = note(state, form=meta['form'])
     return content
@@ -91,7 +135,7 @@ def model_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         The state dict, without that prefix.
 
     Raises:
-        CheckpointError: If there are no tensors in it.
+        CheckpointError: If there are no tensors in it, or a key is no name.
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'this is a {type(checkpoint).__name__}, not a checkpoint')
@@ -100,9 +144,29 @@ def model_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError('the checkpoint has no dictionary under state_dict')
     tensors = [key for key, value in state.items() if isinstance(value, Tensor)]
     if not tensors:
-        raise CheckpointError('the checkpoint holds no model weights')
+        named = ', '.join(str(key) for key in list(state)[:5])
+        raise CheckpointError('the checkpoint holds no model weights'
+                              + (f', only {named}' if named else ', nothing at all')
+                              + ': give a state dict, or a dictionary with one under state_dict')
+    require_names(state)
     wrapped = all(key.startswith('module.') for key in tensors)
     return below(state, 'module.' if wrapped else '')
+
+
+def require_names(state_dict: Collection[Any], where: str = '') -> None:
+    """Refuse a state dict with a key that is no name.
+
+    Args:
+        state_dict: Its keys are looked at.
+        where: Begins the error.
+
+    Raises:
+        CheckpointError: If a key is no string; it is named.
+    """
+    wrong = [key for key in state_dict if not isinstance(key, str)]
+    if wrong:
+        raise CheckpointError(f'{where}the key {wrong[0]!r} is no name of a tensor, as all keys of '
+                              'a state dict must be')
 
 
 def below(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
@@ -152,6 +216,8 @@ def _is_finite(value: Tensor) -> bool:
     """Whether all values are; without a tensor as large as this one, where PyTorch lets."""
     if value.numel() == 0:
         return True
+    # what repeats values without holding them may be of any size
+    value = value[tuple(slice(None if step else 1) for step in value.stride())]
     try:
         return all(bound.isfinite().item() for bound in value.aminmax())
     except (NotImplementedError, RuntimeError):  # 8 bits
@@ -166,21 +232,77 @@ def _verified(path: Path) -> Path | io.BytesIO:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            _require_reasonable_size(path, members)
+            _require_pytorchs_archive(path, [member.filename for member in members])
             if len(members) == 1:  # torch.hub reads these, and so did MMEngine
                 return io.BytesIO(archive.read(members[0]))
             damaged = archive.testzip() if any(member.CRC for member in members) else None
             # PyTorch's reader leaves out, silently, what is marked as a folder
             folders = [member.filename for member in members
                        if member.external_attr & 0x10 and not member.is_dir()]
+    except CheckpointError:
+        raise
     except Exception as error:  # zipfile raises many things of an archive that is not whole
-        raise CheckpointError(f'{path} is damaged: {type(error).__name__}: {error}') from error
+        raise CheckpointError(f'{path} is damaged ({type(error).__name__}: {error}); {_ANEW}'
+                              ) from error
     if damaged or folders:
         raise CheckpointError(f'{path} is damaged: in it {damaged or folders[0]} is not as it was '
-                              'written')
+                              f'written; {_ANEW}')
     return path
+
+
+def _require_reasonable_size(path: Path, members: Collection[zipfile.ZipInfo]) -> None:
+    """Refuse an archive that would fill the memory, before it is unpacked."""
+    packed = sum(member.compress_size for member in members)
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > max(_SMALL, _LARGEST_RATIO * packed):
+        raise CheckpointError(f'{path} is not unpacked: {unpacked / 1e6:.0f} MB would come out of '
+                              f'{packed / 1e6:.1f} MB, which weights never do')
+
+
+def _require_pytorchs_archive(path: Path, names: Collection[str]) -> None:
+    """Refuse zip archives of other kinds that are known."""
+    if any(name.endswith('/constants.pkl') for name in names):
+        raise CheckpointError(f'{path} is a TorchScript archive, which is code, not a checkpoint: '
+                              'give the state dict of the model that was exported')
+    if names and all(name.endswith('.npy') for name in names):
+        raise CheckpointError(f'{path} is a file of NumPy (npz), not a checkpoint of PyTorch: save '
+                              'what it holds with torch.save')
+
+
+def _require_known_kind(path: str | Path) -> None:
+    """Say of a file that PyTorch does not read what it is, if its first bytes tell."""
+    with Path(path).open('rb') as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f'{path} is damaged: it is empty; {_ANEW}')
+    kind = next((kind for pattern, kind in _OTHER_KINDS
+                 if re.match(pattern, head, re.DOTALL | re.IGNORECASE)), None)
+    if kind:
+        raise CheckpointError(f'{path} is no checkpoint of PyTorch, but {kind}')
+
+
+def _require_sound_meta(meta: Any) -> None:
+    """Refuse what a runner never writes beside the weights, and what others would fail at."""
+    known = (meta or {}).get('dataset_meta') if isinstance(meta, (Mapping, type(None))) else None
+    for name, value in (('meta', meta), ('dataset_meta', known)):
+        if value is not None and not (isinstance(value, Mapping)
+                                      and all(isinstance(key, str) for key in value)):
+            raise CheckpointError(f'it has under {name} {_described(value)}, where a dictionary '
+                                  'with names is expected: save it without')
+    classes = (known or {}).get('classes')
+    if not (classes is None or (isinstance(classes, (list, tuple))
+                                and all(isinstance(name, str) for name in classes))):
+        raise CheckpointError(f'it has under dataset_meta.classes {_described(classes)}, where a '
+                              'list of names is expected: correct it, or save it without')
+
+
+def _described(value: Any) -> str:
+    return f'{type(value).__name__} {str(value)[:40]!r}'
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
     """What PyTorch refused, without its advice to load the file unsafely."""
-    return (str(error).rpartition('WeightsUnpickler error: ')[2]
-            .partition('\n\nCheck the documentation')[0].partition(' Please use')[0].strip())
+    reason = (str(error).rpartition('WeightsUnpickler error: ')[2]
+              .partition('\n\nCheck the documentation')[0].partition(' Please use')[0])
+    return reason.strip().rstrip('.')

@@ -26,7 +26,7 @@ from .architectures import (
     tensor_shape,
 )
 from .forms import training_form_of
-from .io import model_state_dict
+from .io import model_state_dict, require_values
 
 
 def convert_official_block(
@@ -62,7 +62,8 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tens
 
     Args:
         checkpoint: What their file holds: a state dict, or a dictionary with
-            one under `state_dict`, with or without the prefix `module.`.
+            one under `state_dict`, with or without the prefix `module.`. If all
+            its tensors are on the meta device, names and shapes alone are converted.
 
     Returns:
         State dict of an image classifier: `backbone.*` for `OREPAResNet`,
@@ -169,16 +170,14 @@ def _renamed(state: Mapping[str, Tensor], model: nn.Module, named: Callable[[str
         missing += [f'{layer}.*'] if layer and len(absent) == len(keys) > 1 else absent
     if missing:
         raise CheckpointError(f'the checkpoint has no key {shortened(missing)}: it is truncated')
+    shapes_only = all(value.is_meta for value in state.values())
     for source, value in state.items():
         tensor = known[source][1]
         if value.shape != tensor.shape:
             raise CheckpointError(f'{source} has the shape {tuple(value.shape)}, where {whole} '
                                   f'asks for {tuple(tensor.shape)}')
-        if tensor.is_floating_point() and not value.is_floating_point():
-            raise CheckpointError(f'{source} is of type {value.dtype}, where {whole} asks for '
-                                  'floating numbers')
-        if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
-            raise CheckpointError(f'{source} holds values that are not finite (NaN or Inf)')
+        if not shapes_only:
+            require_values(source, value, tensor, whole)
     try:  # the layers compare the constants' values with their own
         model.to_empty(device='cpu').load_state_dict(
             {known[source][0]: value for source, value in state.items()}, assign=True)

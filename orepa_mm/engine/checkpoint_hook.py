@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
@@ -14,7 +17,11 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import nn
 
+from ..checkpoints import load_checkpoint, model_state_dict
+from ..checkpoints.expansion import without_wrappers
+from ..errors import CheckpointError, DivergedError, shortened
 from ..files import remove_unfinished, written_whole
 
 #: Where MMEngine notes which checkpoint is the last, inside the work folder.
@@ -56,10 +63,23 @@ class WholeCheckpointHook(CheckpointHook):
     checkpoint. What a killed run left, unfinished files and what it had no time
     to remove, is removed when the run goes on.
 
-    Needed: disk space for one more checkpoint while one is written. All
-    arguments are those of the stock hook. On a storage that is no local folder,
-    a file is written as that storage does. What `published_keys` publishes
-    after the training is written as the stock hook does, in place.
+    Needed: disk space for one more checkpoint while one is written. On a storage
+    that is no local folder, a file is written as that storage does. What
+    `published_keys` publishes after the training is written as the stock hook
+    does, in place.
+
+    A run whose weights become NaN or infinite is stopped: they are looked at
+    before each checkpoint and after each validation, and as soon as the loss is not
+    finite. The loss is that of MMEngine's log, which is on the host already, so
+    that no device is waited for in between. A loss that alone is not finite stops
+    nothing: in mixed precision the step is skipped.
+
+    Args:
+        check_finite: Whether weights are looked at.
+        **options: Those of the stock hook.
+
+    Raises:
+        DivergedError: In training; it names the last good checkpoint.
 
     Example:
         >>> default_hooks = dict(checkpoint=dict(type='WholeCheckpointHook'))
@@ -67,6 +87,12 @@ class WholeCheckpointHook(CheckpointHook):
 
     #: What takes its place in a config that is to do without this package.
     stock_type = 'CheckpointHook'
+    #: What the stock hook does not take.
+    own_options = ('check_finite',)
+
+    def __init__(self, *args: Any, check_finite: bool = True, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.check_finite = check_finite
 
     def before_train(self, runner: Runner) -> None:
         """Find out where to write, and remove what a killed run left there.
@@ -75,6 +101,9 @@ class WholeCheckpointHook(CheckpointHook):
             runner: The runner.
         """
         super().before_train(runner)
+        start = f' ({runner._load_from})' if runner._load_from else ''
+        self._require_finite(runner, f'the weights that the training starts from{start} are not '
+                             'finite')
         if self.file_client_args is None and type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend=_BACKEND)
         self.file_backend = _RemovesLater(self.file_backend, runner.message_hub, self.out_dir)
@@ -86,7 +115,25 @@ class WholeCheckpointHook(CheckpointHook):
                         runner.logger.info(f'removed {found} unfinished files that a killed run '
                                            f'left in {folder}')
 
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Stop a run that has diverged; save what the stock hook saves.
+
+        Args:
+            runner: The runner.
+            *args: As of the stock hook.
+            **kwargs: As of the stock hook.
+
+        Raises:
+            DivergedError: If neither the loss nor the weights are finite.
+        """
+        loss = runner.message_hub.log_scalars.get('train/loss')
+        if loss is not None and not math.isfinite(loss.current()):
+            self._require_finite(runner, 'the training has diverged: the loss is '
+                                 f'{loss.current()} in iteration {runner.iter + 1}')
+        super().after_train_iter(runner, *args, **kwargs)
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        self._require_finite(runner, 'the training has diverged')
         # the stock hook writes the pointer in place, into the runner's work folder
         with tempfile.TemporaryDirectory() as elsewhere:
             super()._save_checkpoint_with_step(_WithWorkDir(runner, elsewhere), step, meta)
@@ -95,14 +142,61 @@ class WholeCheckpointHook(CheckpointHook):
             self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        self._require_finite(runner, 'the training has diverged')
         super()._save_best_checkpoint(runner, metrics)
         if is_main_process():
             self._remove_outdated()
+
+    def _require_finite(self, runner: Runner, problem: str) -> None:
+        """Refuse to go on with weights that are lost; `problem` begins the error."""
+        names = non_finite_weights(without_wrappers(runner.model)) if self.check_finite else []
+        if not names:
+            return
+        good = _last_good_checkpoint(runner.work_dir)
+        start = (f'The last good checkpoint is {good}: start from it (--cfg-options '
+                 f'load_from={shlex.quote(good)})' if good else
+                 f'There is no good checkpoint in {runner.work_dir}: start anew')
+        raise DivergedError(
+            f'{problem}; NaN or Inf is in {shortened(names)}. Nothing was saved of that. {start} '
+            'with a lower learning rate, a longer warm-up or clipped gradients '
+            '(optim_wrapper.clip_grad.max_norm=10), in mixed precision with bfloat16. '
+            'default_hooks.checkpoint.check_finite=False lets a run go on')
 
     def _remove_outdated(self) -> None:
         best = getattr(self, 'best_ckpt_path_dict', {}).values()
         self.file_backend.remove_now(
             {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best})
+
+
+def non_finite_weights(model: nn.Module) -> list[str]:
+    """Names of parameters and of running statistics that hold NaN or Inf.
+
+    A device is waited for once. Other buffers may hold what they like: a mask is
+    infinite.
+
+    Args:
+        model: Any.
+    """
+    tensors = dict(model.named_parameters()) | {
+        name: buffer for name, buffer in model.named_buffers()
+        if name.endswith(('running_mean', 'running_var'))}
+    flags = {name: tensor.detach().isfinite().all() for name, tensor in tensors.items()
+             if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta}
+    if not flags:
+        return []
+    device = next(iter(flags.values())).device
+    finite = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+    return [name for name, good in zip(flags, finite) if not good]
+
+
+def _last_good_checkpoint(work_dir: str | Path) -> str | None:
+    """What `last_checkpoint` names, if it is a whole file of finite weights."""
+    try:
+        path = Path(work_dir, LAST_CHECKPOINT).read_text(errors='replace').strip()
+        state = model_state_dict(load_checkpoint(path))
+    except (OSError, CheckpointError):
+        return None
+    return path if all(value.isfinite().all() for value in state.values()) else None
 
 
 def use_whole_checkpoints(cfg: Config) -> None:

@@ -147,6 +147,12 @@ class SettingsAction(DictAction):
                 parser.error(f'{option_string} takes KEY=VALUE, got {word!r}')
         super().__call__(parser, namespace, values, option_string)
 
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        """A value; text keeps its spaces, which MMEngine takes out of paths too."""
+        found = DictAction._parse_iterable(val)
+        return val.strip('\'"') if isinstance(found, str) else found
+
 
 def _merge(cfg: Config, options: Mapping[str, Any]) -> None:
     """Override settings; an error of ours if they do not fit."""

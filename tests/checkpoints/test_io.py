@@ -1,6 +1,5 @@
-"""Reading and writing checkpoint files."""
+"""Reading and writing checkpoint files. What is no sound file at all: tests/hostile."""
 
-import pickle
 import zipfile
 
 import pytest
@@ -22,29 +21,6 @@ class Evil:
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'no checkpoint .*nothing\.pth'):
         load_checkpoint(tmp_path / 'nothing.pth')
-
-
-def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    path = tmp_path / 'evil.pth'
-    torch.save({'state_dict': {}, 'meta': Evil()}, path)
-    with pytest.raises(CheckpointError, match='exec'):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize('content', [b'', b'no checkpoint at all', pickle.dumps({'a': 1})])
-def test_damaged_file(tmp_path, content):
-    path = tmp_path / 'damaged.pth'
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match='damaged'):
-        load_checkpoint(path)
-
-
-def test_truncated_file(tmp_path):
-    path = tmp_path / 'truncated.pth'
-    torch.save({'state_dict': {'weight': torch.zeros(1000)}}, path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match='damaged'):
-        load_checkpoint(path)
 
 
 def state():

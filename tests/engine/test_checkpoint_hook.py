@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -13,15 +14,21 @@ import pytest
 import torch
 from helpers import ROOT
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import init_default_scope
-from toy_run import train
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_run import toy_config, train
 
 from orepa_mm import files
 from orepa_mm.checkpoints import load_checkpoint
-from orepa_mm.engine import checkpoint_hook
-from orepa_mm.engine.checkpoint_hook import WholeCheckpointHook, use_whole_checkpoints
+from orepa_mm.engine import build_runner, checkpoint_hook
+from orepa_mm.engine.checkpoint_hook import (
+    WholeCheckpointHook,
+    non_finite_weights,
+    use_whole_checkpoints,
+)
 from orepa_mm.engine.resume import newest_checkpoint
+from orepa_mm.errors import DivergedError
 from orepa_mm.export import deploy_config
 
 numbers = itertools.count()
@@ -208,6 +215,115 @@ def progress_of(folder, process, until=0):
         time.sleep(0.005)
 
 
+# --- diverged ---------------------------------------------------------------------
+
+
+def diverging(folder, lr=1e6, **checkpoint):
+    options = dict(max_iters=20, experiment_name=f'{folder.name}-{next(numbers)}')
+    cfg = toy_config(folder, checkpoint=checkpoint, **options)
+    cfg.optim_wrapper.optimizer.lr = lr
+    return build_runner(cfg)
+
+
+def finite(path):
+    return all(value.isfinite().all() for value in load_checkpoint(path)['state_dict'].values())
+
+
+def test_a_run_that_diverges_is_stopped(tmp_path):
+    """And only the check does it: without it the run ends well, with weights that are lost."""
+    folder = tmp_path / 'a run'
+    with pytest.raises(DivergedError) as error:
+        diverging(folder).train()
+    files = [name for name in written(folder) if name.endswith('.pth')]
+    assert files
+    assert all(finite(folder / name) for name in files)
+    last = (folder / 'last_checkpoint').read_text()
+    assert Path(last).name == max(files, key=lambda name: int(name[5:-4]))
+    said = str(error.value)
+    assert re.match(r'the training has diverged: the loss is (inf|nan) in iteration \d+; '
+                    r'NaN or Inf is in layer\.weight, layer\.bias\. Nothing was saved', said)
+    assert f"The last good checkpoint is {last}: start from it" in said
+    assert f"(--cfg-options load_from='{last}')" in said
+    diverging(tmp_path / 'on', check_finite=False).train()
+    assert not finite(tmp_path / 'on' / 'iter_20.pth')
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint(tmp_path):
+    for options in (dict(interval=100), dict(by_epoch=True)):
+        folder = tmp_path / str(len(options)) / next(iter(options))
+        cfg = toy_config(folder, max_iters=20, experiment_name=f'first-{next(numbers)}')
+        cfg.default_hooks.checkpoint.update(options)
+        cfg.optim_wrapper.optimizer.lr = 1e30
+        with pytest.raises(DivergedError, match=r'no good checkpoint in .*: start anew'):
+            build_runner(cfg).train()
+        assert [name for name in written(folder) if 'checkpoint' in name or '.pth' in name] == []
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_are_looked_at_before_they_are_saved(tmp_path, value):
+    """However they were lost: the loss says nothing of it."""
+    class Spoils(Hook):
+        def after_train_iter(self, runner, **_):
+            if runner.iter == 3:
+                runner.model.layer.bias.data[0] = value
+
+    runner = diverging(tmp_path, lr=0.01)
+    runner.register_hook(Spoils(), 'HIGH')
+    with pytest.raises(DivergedError, match=r'NaN or Inf is in layer\.bias\. .*iter_2\.pth'):
+        runner.train()
+    assert written(tmp_path) == ['iter_2.pth', 'last_checkpoint']
+
+
+def test_a_loss_that_alone_is_lost_stops_nothing(tmp_path):
+    """In mixed precision such a step is skipped."""
+    class Scales(Hook):
+        def before_train(self, runner):
+            update, forward = runner.optim_wrapper.update_params, runner.model._run_forward
+            runner.optim_wrapper.update_params = lambda loss: runner.iter == 3 or update(loss)
+            runner.model._run_forward = lambda *args, **kwargs: {
+                key: value * (float('inf') if runner.iter == 3 else 1)
+                for key, value in forward(*args, **kwargs).items()}
+
+    runner = diverging(tmp_path, lr=0.01)
+    runner.register_hook(Scales())
+    runner.train()
+    assert runner.message_hub.get_scalar('train/loss').data[0][3] == float('inf')
+    assert finite(tmp_path / 'iter_20.pth')
+
+
+def test_weights_that_a_run_cannot_start_from(tmp_path):
+    runner = diverging(tmp_path)
+    torch.nn.init.constant_(runner.model.layer.weight, float('nan'))
+    with pytest.raises(DivergedError, match='that the training starts from are not finite'):
+        runner.train()
+
+
+def test_what_counts_as_lost():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1))
+    model.register_buffer('mask', torch.full((2, 2), -torch.inf))
+    model.register_parameter('none', torch.nn.Parameter(torch.empty(0)))
+    assert non_finite_weights(model) == []
+    model[1].running_var[0] = torch.inf
+    model[0].weight.data[0] = torch.nan
+    assert non_finite_weights(model) == ['0.weight', '1.running_var']
+    assert non_finite_weights(torch.nn.ReLU()) == []
+
+
+def test_the_device_is_waited_for_once(tmp_path):
+    """Whatever the size of the model: what reads from a device goes through one operation."""
+    class Counts(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.reads += function in (torch.ops.aten._local_scalar_dense.default,
+                                       torch.ops.aten._to_copy.default)
+            return function(*args, **(kwargs or {}))
+
+    with Counts() as counts:
+        non_finite_weights(torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(9)]))
+    assert counts.reads == 0  # but for `tolist`, which copies what one tensor holds
+
+
 # --- who uses it ------------------------------------------------------------------
 
 
@@ -242,3 +358,11 @@ def test_configs_without_hooks_are_left_alone():
         use_whole_checkpoints(cfg)
         assert cfg.get('default_hooks') == content.get('default_hooks')
     assert WholeCheckpointHook().priority == CheckpointHook.priority
+
+
+def test_the_stock_hook_gets_no_option_of_ours():
+    light = Config.fromfile(
+        ROOT / 'configs' / 'upernet' / 'upernet_orepa-r18-light_400i_cityscapes-192x192.py')
+    light.default_hooks.checkpoint.check_finite = False
+    init_default_scope(light.default_scope)
+    assert 'check_finite' not in deploy_config(light).default_hooks.checkpoint

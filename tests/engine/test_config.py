@@ -72,6 +72,12 @@ def test_files_that_are_no_configs(tmp_path):
 # --- options ------------------------------------------------------------------------
 
 
+def test_paths_keep_their_spaces():
+    options = parse(LIGHT, '--cfg-options', 'load_from=my runs/a b.pth', 'model.x=[(1, 2), c]',
+                    'model.y= 3').cfg_options
+    assert options == {'load_from': 'my runs/a b.pth', 'model.x': [(1, 2), 'c'], 'model.y': 3}
+
+
 @pytest.mark.parametrize('option', ['model', '=1', 'model.x'])
 def test_words_that_are_no_options(capsys, option):
     with pytest.raises(SystemExit):
