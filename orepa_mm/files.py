@@ -148,7 +148,8 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
         The temporary folder to write to, empty.
 
     Raises:
-        FileExistsError: If an earlier result cannot be replaced as a whole.
+        FileExistsError: If an earlier result cannot be replaced as a whole, or another
+            process was faster.
         OSError: If it cannot be written; it names the folder to be, not the temporary one.
     """
     folder = Path(folder).resolve()
@@ -175,7 +176,13 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
             try:
                 if folder.exists():
                     folder.replace(old)  # onto an empty folder
-                temporary.replace(folder)
+                try:
+                    temporary.replace(folder)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    raise FileExistsError(f'{folder}: another process wrote its result there '
+                                          'meanwhile, and that one stands') from error
             finally:
                 if not folder.exists() and any(old.iterdir()):
                     old.replace(folder)
