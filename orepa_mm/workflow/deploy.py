@@ -57,6 +57,7 @@ from .evidence import (
     largest_differences,
     machine_of,
 )
+from .onnx_model import network_meta
 from .quantization import quantize_deployed
 from .summary import FORMS
 
@@ -226,7 +227,8 @@ class _Deployment:
         """Write ONNX; what is in it, how it compares with PyTorch, and what is wrong with it."""
         print_log('exporting to ONNX', 'current')
         exported = export_onnx(self.after, self.batches[0], self.folder / 'model.onnx',
-                               meta=self._source())
+                               meta={**self._source(),
+                                     **network_meta(self.deployed_cfg, self.batches[0])})
         print_log('comparing ONNX Runtime with PyTorch', 'current')
         comparison = compare_onnx(self.after, self.batches, self.folder / 'model.onnx')
         report = {**exported.as_dict(), **comparison.as_dict(), 'largest': comparison.largest}

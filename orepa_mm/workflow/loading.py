@@ -113,19 +113,12 @@ def split_model_arguments(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
         The config, the checkpoint, and the words after them.
 
     Raises:
-        ConfigError: If the first word is an ONNX file, or a checkpoint without a config.
+        ConfigError: If the first word is a checkpoint without a config.
         CheckpointError: If no checkpoint follows a config.
         FileNotFoundError: If the folder or the config is none.
     """
     first, *rest = words
-    suffix = Path(first).suffix
-    if Path(first).name == 'model_end2end.onnx':
-        raise ConfigError(f'{first} needs neither PyTorch nor this package: run '
-                          f'examples/onnx_predict.py on it, or give the folder that it lies in')
-    if suffix == '.onnx':
-        raise ConfigError(f'{first} holds the network alone, and what makes boxes, label maps or '
-                          'classes of its outputs is in PyTorch: give the folder that it lies in')
-    if suffix in _CHECKPOINT_SUFFIXES:
+    if Path(first).suffix in _CHECKPOINT_SUFFIXES:
         raise ConfigError(f'{first} is a checkpoint: give its config before it, or, of a '
                           're-parameterized model, the folder that it lies in')
     if Path(first).expanduser().is_dir():

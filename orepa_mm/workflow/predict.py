@@ -50,7 +50,7 @@ def predict(model: nn.Module, inputs: Sequence[str | Path], out: str | Path, *,
     predictions depend on others.
 
     Args:
-        model: From `orepa_mm.load` or `load_model`.
+        model: From `orepa_mm.load`, `load_model` or `load_onnx`.
         inputs: See `find_sources`.
         out: The folder to write; there is none yet, or an empty one.
         batch_size: Images that the model gets at once.

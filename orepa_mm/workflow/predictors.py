@@ -21,7 +21,7 @@ class Predictor(ABC):
     """What a task writes of its predictions; `add` for each image, then `finish`.
 
     Args:
-        model: From `load_model`, of this task's toolbox.
+        model: From `load_model` or `load_onnx`, of this task's toolbox.
         folder: To write into.
         draw: Whether to draw predictions, into `vis`.
     """
@@ -82,7 +82,8 @@ class Predictor(ABC):
 
         cfg = model.cfg.copy()
         cfg.visualizer = dict(self.visualizer)  # no backend of the training run
-        inferencer = Loaded(cfg, device=str(next(model.parameters()).device))
+        parameter = next(model.parameters(), None)  # ONNX files have none, and run on the CPU
+        inferencer = Loaded(cfg, device='cpu' if parameter is None else str(parameter.device))
         # toolboxes fall back on the palette of another data set where classes are the user's own
         palette = model.dataset_meta.get('palette') or _palette(len(self.classes))
         if not isinstance(palette, str):

@@ -16,8 +16,9 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
 
-from orepa_mm.errors import OnnxExportError
+from orepa_mm.errors import ConfigError, OnnxExportError
 from orepa_mm.export.onnx import BoxComparison, compare_onnx, export_onnx, require_onnx
+from orepa_mm.export.onnx.session import Session
 from orepa_mm.export.onnx.traceable import DynamicAdaptiveAvgPool2d
 from orepa_mm.reparam import reparameterize
 
@@ -223,6 +224,8 @@ def test_a_module_of_one_size(tmp_path):
     assert [error.shape for error in report.errors] == [(1, 3, 8, 10), (2, 3, 8, 10)]
     assert not compare_onnx(model, torch.randn(1, 3, 9, 10), tmp_path / 'a.onnx').passed
     assert not compare_onnx(model, [], tmp_path / 'a.onnx').passed
+    with pytest.raises(ConfigError, match='shape N x 3 x 8 x 10 only, and got 1 x 3 x 9 x 10'):
+        Session(tmp_path / 'a.onnx')(torch.randn(1, 3, 9, 10))
     with pytest.raises(FileNotFoundError, match=r'b\.onnx'):
         compare_onnx(model, inputs, tmp_path / 'b.onnx')
 
@@ -302,3 +305,22 @@ def test_the_last_of_too_many_boxes_may_be_another():
     assert compared(SAME, other, max_per_img=3).passed
     assert not compared(SAME, other).passed
     assert compared([], []).passed
+
+
+def test_masks_are_compared_by_their_probabilities():
+    expected, found = boxes(*SAME), boxes(*SAME[::-1])
+    expected.masks = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    expected.masks[:, :20] = torch.arange(60).add(98).byte()  # many at the threshold, 127.5
+    found.masks = expected.masks.flip(0)
+    found.masks[:, :20] += 1  # more than one pixel in a thousand is inside of one mask alone
+    comparison = BoxComparison()
+    comparison.add(expected, found, 0.05, 100)
+    assert comparison.passed
+    assert (comparison.mask_pixels, comparison.mask_moved) == (3 * 20 * 60, 0)
+    assert comparison.mask_difference == pytest.approx(1 / 255)
+    for pixels, passed in ((3, True), (4, False)):
+        found.masks[0, 0, :pixels] = 0
+        comparison = BoxComparison()
+        comparison.add(expected, found, 0.05, 100)
+        assert (comparison.mask_moved, comparison.passed) == (pixels, passed)
+    assert comparison.mask_difference > 0.3

@@ -2,12 +2,14 @@
 
 import copy
 
+import mmcv
 import numpy as np
 import onnx
 import pytest
 import torch
 from helpers import randomize
 from mmcv.ops import batched_nms
+from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
@@ -15,7 +17,8 @@ from test_onnx import build
 from torch import nn
 
 from orepa_mm.errors import OnnxExportError
-from orepa_mm.export.onnx import EndToEndModel, compare_end2end, export_end2end
+from orepa_mm.export.onnx import BoxComparison, EndToEndModel, compare_end2end, export_end2end
+from orepa_mm.export.onnx.end2end_file import EndToEndFile
 from orepa_mm.export.onnx.selection import DROPPED, after_nms, dense_detections
 
 
@@ -25,7 +28,7 @@ def calm(name):
     with torch.no_grad():
         if name == 'RetinaNet':
             model.bbox_head.retina_cls.weight.mul_(0.1)
-        elif name == 'FasterRCNN':
+        elif name == 'MaskRCNN':
             model.rpn_head.rpn_cls.weight.mul_(0.1)
             model.rpn_head.rpn_reg.weight.mul_(0.1)
             model.rpn_head.rpn_reg.bias.zero_()
@@ -33,7 +36,7 @@ def calm(name):
 
 
 #: What makes another file of each. RetinaNet is exported in tests/workflow/test_deploy.py.
-BROKEN = {'FasterRCNN': 'roi_head.bbox_head.fc_reg',
+BROKEN = {'MaskRCNN': 'roi_head.bbox_head.fc_reg',
           'PSPNet': 'decode_head.conv_seg', 'ImageClassifier': 'head.fc'}
 
 
@@ -41,7 +44,8 @@ BROKEN = {'FasterRCNN': 'roi_head.bbox_head.fc_reg',
 def exported(request, tmp_path_factory):
     model, batch = calm(request.param)
     path = tmp_path_factory.mktemp('end2end') / 'model_end2end.onnx'
-    export = export_end2end(model, batch, path, meta={'resize': 'fit', 'resize_height': 96})
+    export = export_end2end(model, batch, path, meta={
+        'resize': 'fit', 'resize_height': 96, 'resize_width': 128})
     assert not model.training
     return request.param, model, batch, export
 
@@ -54,6 +58,9 @@ def test_it_predicts_what_the_model_predicts(exported):
     if report.boxes:
         assert report.boxes.matched >= 40
         assert report.boxes.unmatched == 0
+        # probabilities of random weights lie at the threshold, where rounding decides
+        assert report.boxes.mask_pixels > 1000
+        assert report.boxes.mask_moved == 0
     else:
         assert (report.pixels > 0) == (name == 'PSPNet')
     changed = copy.deepcopy(model)
@@ -80,8 +87,9 @@ def test_what_is_in_the_file(exported):
     assert export.inputs['images'] == ['batch', height, width, 3]
     assert list(export.outputs) == {
         'PSPNet': ['label_map'], 'ImageClassifier': ['probabilities']}.get(
-            name, ['boxes', 'scores', 'labels', 'count'])
+            name, ['boxes', 'scores', 'labels', 'masks', 'count'])
     if export.task == 'detection':
+        assert meta['mask_threshold'] == '0.5'
         assert export.outputs['boxes'] == ['batch', 100, 4]
 
 
@@ -99,6 +107,38 @@ def test_what_lies_beside_an_image_does_not_count(exported):
     for key, value in session([other, sizes]).items():
         assert torch.equal(value, found[key]), key
     assert export.task != 'detection' or found['boxes'][..., 3].max() <= 60
+
+
+def test_images_of_their_own_size(exported):
+    """Against the model itself, given images that MMCV brought to the size of the input."""
+    name, model, _, export = exported
+    file = EndToEndFile(export.file)
+    assert file.dataset_meta == {'classes': ['cat', 'dog']}
+    if name != 'MaskRCNN':
+        return
+    small = np.random.default_rng(0).integers(0, 256, (48, 50, 3), np.uint8)
+    sample = DetDataSample(metainfo={'img_path': 'a.png'})
+    found, = file.test_step({'inputs': [torch.from_numpy(small).permute(2, 0, 1)],
+                             'data_samples': [sample]})
+    large = mmcv.imresize(small, (100, 96))
+    canvas = torch.zeros(3, file.height, file.width, dtype=torch.uint8)
+    canvas[:, :96, :100] = torch.from_numpy(large).permute(2, 0, 1)
+    batch = model.data_preprocessor({'inputs': [canvas], 'data_samples': [DetDataSample(metainfo={
+        'img_shape': (96, 100), 'ori_shape': (48, 50), 'scale_factor': (2.0, 2.0)})]}, False)
+    # the preprocessor's own padding lies around the image
+    batch['inputs'][..., 96:, :] = batch['inputs'][..., 100:] = 0
+    with torch.no_grad():
+        expected, = model.predict(batch['inputs'], batch['data_samples'])
+    comparison = BoxComparison()
+    instances = [sample.pred_instances for sample in (expected, found)]
+    for one in instances:
+        one.masks = one.masks.to(torch.uint8) * 255
+    comparison.add(*instances, 0.0, 100)
+    assert comparison.matched > 20
+    assert comparison.unmatched <= 1
+    assert comparison.mask_moved < 0.02 * comparison.mask_pixels  # at the threshold
+    assert found.pred_instances.masks.shape[1:] == (48, 50)
+    assert found.pred_instances.bboxes[:, 2].max() <= 50.01
 
 
 FPN = dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=1)

@@ -214,7 +214,6 @@ def test_what_cannot_be_read_is_skipped_and_the_rest_is_done(folder_of, tmp_path
     ('config.py deployed/model.pth data/val --data-root data', 'is in plain form, but the model '
      'is in training form'),
     ('iter_2.pth data/val', 'iter_2.pth is a checkpoint: give its config before it'),
-    ('model.onnx data/val', 'model.onnx holds the network alone'),
 ])
 def test_what_is_refused(words, named, folder_of, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder_of('classifier'))

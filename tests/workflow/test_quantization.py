@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +13,7 @@ from helpers import ROOT, vary_scales
 from mmengine.runner import Runner
 from tiny_runs import config, let_outputs_be_moderate
 
+from orepa_mm import load
 from orepa_mm.datasets import make_shapes_cityscapes, make_shapes_coco, make_shapes_imagenet
 from orepa_mm.engine import (
     bare_model,
@@ -23,8 +26,9 @@ from orepa_mm.export.onnx import export_onnx
 from orepa_mm.export.onnx.quantize import LayerNoise, quantizable_layers
 from orepa_mm.files import sha256
 from orepa_mm.reparam import reparameterize
-from orepa_mm.workflow import quantization
+from orepa_mm.workflow import predict, quantization
 from orepa_mm.workflow.evidence import built_model, first_images
+from orepa_mm.workflow.onnx_model import load_onnx, network_meta
 from orepa_mm.workflow.quantization import fewest, quantize_deployed
 from orepa_mm.workflow.quantization_report import quantization_table
 
@@ -74,7 +78,8 @@ def folder_of(tmp_path_factory):
             save_deployed(model, deploy_config(cfg, 'folded'), out, {'form': 'folded'})
             batch, = first_images(Runner.build_dataloader(cfg.test_dataloader), model, 1)
             export_onnx(model, batch, out / 'model.onnx', meta={
-                'form': 'folded', 'source': 'iter_2.pth', 'verified': True})
+                'form': 'folded', 'source': 'iter_2.pth', 'verified': True,
+                **network_meta(deploy_config(cfg, 'folded'), batch)})
         return folders[task]
     return prepare
 
@@ -84,7 +89,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_each_task(folder_of, task):
+def test_each_task(folder_of, task, tmp_path):
     folder = folder_of(task)
     *_, metric, files = TASKS[task]
     out = folder / 'deployed'
@@ -129,6 +134,46 @@ def test_each_task(folder_of, task):
     assert f'| {metric} |' in table
     assert report['layers'][0]['layer'] in table
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+    for name in ('model.onnx', 'model_int8.onnx'):
+        predicts_alone(task, folder, name, tmp_path / name.partition('.')[0])
+
+
+def predicts_alone(task, folder, name, out):
+    """The network's file, away from config and checkpoint, is enough to predict."""
+    images = [folder / 'data' / {'detector': 'val2017', 'segmentor': 'leftImg8bit/val',
+                                 'classifier': 'val'}[task]]
+    shutil.copytree(folder / 'deployed', out / 'files', ignore=lambda _, names: [
+        other for other in names if not other.endswith('.onnx')])
+    for kind, model in (('torch', load(folder / 'deployed')),
+                        ('onnx', load_onnx(out / 'files' / name))):
+        predict(model, images, out / kind, draw=False, score_thr=0, batch_size=3)
+    found, expected = (json.loads((out / kind / 'predictions.json').read_text())
+                       for kind in ('onnx', 'torch'))
+    exact = name == 'model.onnx'
+    if task == 'detector':
+        one, other = ([(item['file_name'], item['category_id'], *np.round(item['bbox']))
+                       for item in items] for items in (found, expected))
+        same = [box in set(other) for box in one]
+        assert len(found) > 50
+        assert np.mean(same) > (0.95 if exact else 0)
+    elif task == 'segmentor':
+        assert found['images'] == expected['images']
+        maps = [np.stack([cv2.imread(str(out / kind / image['labels']))
+                          for image in found['images']]) for kind in ('onnx', 'torch')]
+        assert np.mean(maps[0] != maps[1]) < (1e-3 if exact else 0.5)
+        assert len(np.unique(maps[0])) > 1
+    else:
+        for one, other in zip(found, expected, strict=True):
+            assert one['file_name'] == other['file_name']
+            scores = [{item['label']: item['score'] for item in image['top']}
+                      for image in (one, other)]
+            assert not exact or scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_a_detectors_files_belong_together(folder_of, tmp_path):
+    shutil.copy(folder_of('detector') / 'deployed' / 'model.onnx', tmp_path / 'model.onnx')
+    with pytest.raises(FileNotFoundError, match=r'no model_bbox\.onnx beside .*model\.onnx'):
+        load_onnx(tmp_path / 'model.onnx')
 
 
 def config_of_deployed(folder):

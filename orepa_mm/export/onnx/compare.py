@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +18,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...reparam.verify import scale_relative_error
 from .graphs import (
     MASK_ROIS,
-    as_list,
     graph_files,
     inputs_and_samples,
     named_tensors,
@@ -27,6 +27,7 @@ from .graphs import (
     selecting_stages,
 )
 from .report import BoxComparison, GraphError, OnnxReport
+from .session import Session
 
 
 def compare_onnx(model: nn.Module, batches: Tensor | Mapping[str, Any] | Sequence,
@@ -52,7 +53,7 @@ def compare_onnx(model: nn.Module, batches: Tensor | Mapping[str, Any] | Sequenc
         FileNotFoundError: If there is no such file.
     """
     require_onnx()
-    model = prepared(model)
+    model = with_mask_probabilities(prepared(model))
     batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
     if not batches:
         return OnnxReport(())
@@ -79,29 +80,6 @@ def compare_onnx(model: nn.Module, batches: Tensor | Mapping[str, Any] | Sequenc
                 errors += _output_errors(model, graphs, sessions, F.pad(one, (0, 64, 0, 32)),
                                          its_sample)
     return OnnxReport(tuple(errors), boxes)
-
-
-class Session:
-    """A file in ONNX Runtime: tensors in, tensors by name out."""
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        if not path.is_file():
-            raise FileNotFoundError(f'there is no ONNX file {path}')
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(str(path), options, ['CPUExecutionProvider'])
-        size = tuple(self.session.get_inputs()[0].shape[2:])
-        self.size = size if all(isinstance(length, int) for length in size) else None
-
-    def __call__(self, inputs: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """Run it, on the CPU."""
-        names = [value.name for value in self.session.get_inputs()]
-        found = self.session.run(None, {
-            name: tensor.numpy() for name, tensor in zip(names, as_list(inputs))})
-        return {value.name: torch.from_numpy(array)
-                for value, array in zip(self.session.get_outputs(), found)}
 
 
 def _output_errors(model: nn.Module, graphs: Mapping[str, Callable],
@@ -146,6 +124,18 @@ def _compare_boxes(boxes: BoxComparison, model: nn.Module, other: nn.Module, inp
     for one, two in zip(expected, found):
         boxes.add(one.pred_instances, two.pred_instances, cfg.get('score_thr', 0.0),
                   cfg.get('max_per_img', 0))
+
+
+def with_mask_probabilities(model: nn.Module) -> nn.Module:
+    """Let a detector predict probabilities of masks, 0 to 255: they can be compared.
+
+    Args:
+        model: Changed in place, if it has masks.
+    """
+    roi_head = getattr(model, 'roi_head', None)
+    if roi_head is not None and roi_head.with_mask:
+        roi_head.test_cfg = ConfigDict({**roi_head.test_cfg, 'mask_thr_binary': -1})
+    return model
 
 
 def detector_of_sessions(model: nn.Module, sessions: Mapping[str, Session],

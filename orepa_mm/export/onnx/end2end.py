@@ -28,7 +28,6 @@ from .graphs import (
 )
 from .selection import (
     dense_detections,
-    proposals,
     require_plain_nms,
     roi_detections,
     translations,
@@ -128,7 +127,8 @@ class EndToEnd(nn.Module):
             found = {'boxes': boxes, 'scores': scores, 'labels': labels}
         else:
             features = model.extract_feat(inputs)
-            boxes, scores = proposals(model.rpn_head, model.rpn_head(features), sizes)
+            boxes, scores, _ = dense_detections(model.rpn_head, model.rpn_head(features), sizes,
+                                                apart_by_level=True)
             found = roi_detections(model.roi_head, roi_features(model, features), boxes, scores,
                                    sizes)
         valid = found['scores'] > 0
@@ -153,8 +153,8 @@ def export_end2end(model: nn.Module, batch: Mapping[str, Any], path: str | Path,
 
     The number of images is dynamic, their size that of `batch`. Inputs and
     outputs are those of `EndToEnd`. The metadata say what the caller does:
-    `channel_order` of the pixels, `task`, `classes`, and with `normalize` false
-    `mean` and `std`; lists are JSON.
+    `channel_order` of the pixels, `task`, `classes`, `mask_threshold` of masks, and with
+    `normalize` false `mean` and `std`; lists are JSON.
 
     Args:
         model: A detector, segmentor or classifier of OpenMMLab, re-parameterized; left
@@ -192,6 +192,8 @@ def export_end2end(model: nn.Module, batch: Mapping[str, Any], path: str | Path,
     found = preprocessing_meta(model)
     if normalize:
         found = {key: value for key, value in found.items() if key not in ('mean', 'std')}
+    if 'masks' in outputs:
+        found['mask_threshold'] = str(model.roi_head.test_cfg.mask_thr_binary)
     onnx.helper.set_model_props(proto, {**found, 'graph': 'end2end', 'task': module.task,
                                         **as_text(meta or {})})
     if proto.ByteSize() >= 2**31:

@@ -21,6 +21,7 @@ from .graphs import (
     as_list,
     first_stage,
     graph_files,
+    graph_inputs,
     inputs_and_samples,
     named_tensors,
     network_graphs,
@@ -131,12 +132,12 @@ def _traced(model: nn.Module, graphs: Mapping[str, Callable], shape: Sequence[in
     Raises:
         OnnxExportError: If PyTorch cannot export them so.
     """
-    protos, inputs, names = {}, torch.zeros(*shape), ['inputs']
+    protos, inputs, names = {}, torch.zeros(*shape), graph_inputs('network')
     sizes: Any = {0: 'batch', **({2: 'height', 3: 'width'} if dynamic_size else {})}
     for graph, function in graphs.items():
         if graph == 'bbox':  # and mask, which takes the same
             features = first_stage(model, inputs)['features']
-            names = [*(f'features_{level}' for level in range(len(features))), 'rois']
+            names = graph_inputs(graph, len(features))
             sizes = [*({dim: f'{size}_{level}' if dim else size for dim, size in sizes.items()}
                        for level in range(len(features))), {0: 'rois'}]
             inputs = [*features, torch.tensor([[0., 0, 0, 50, 50], [1., 0, 0, 150, 150]])]
@@ -252,8 +253,8 @@ def preprocessing_meta(model: nn.Module) -> dict[str, str]:
         model: Of any toolbox.
 
     Returns:
-        `mean`, `std`, `channel_order`, `pad_size_divisor`, `pad_value`, `classes`, as far as
-        they are known; lists are JSON.
+        `mean`, `std`, `channel_order`, `pad_size_divisor`, `pad_value`, `classes`, `palette`, as
+        far as they are known; lists are JSON.
     """
     found: dict[str, Any] = {}
     preprocessor = getattr(model, 'data_preprocessor', None)
@@ -273,5 +274,7 @@ def preprocessing_meta(model: nn.Module) -> dict[str, str]:
     classes = dataset_meta.get('classes', dataset_meta.get('CLASSES'))
     if classes is not None:
         found['classes'] = list(classes)
+    if not isinstance(dataset_meta.get('palette') or '', str):  # 'random' is none
+        found['palette'] = [list(map(int, colour)) for colour in dataset_meta['palette']]
     return {key: value if isinstance(value, str) else json.dumps(value)
             for key, value in found.items()}

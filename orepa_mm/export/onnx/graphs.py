@@ -64,6 +64,17 @@ def graph_files(path: Path, graphs: Mapping[str, Any]) -> dict[str, Path]:
             for name in graphs}
 
 
+def graph_inputs(graph: str, levels: int = 0) -> list[str]:
+    """Names of the inputs of a graph.
+
+    Args:
+        graph: `network`, `bbox` or `mask`.
+        levels: How many feature maps the two latter take.
+    """
+    return ['inputs'] if graph == 'network' else [
+        *(f'features_{level}' for level in range(levels)), 'rois']
+
+
 def selecting_stages(model: nn.Module) -> int:
     """Of a detector whose selection can be run apart from its network, how often it selects."""
     if not (hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')):

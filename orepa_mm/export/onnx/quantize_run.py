@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import OnnxExportError
-from .compare import Session, detector_of_sessions, roi_inputs, shallow_copy
-from .graphs import MASK_ROIS, as_list, inputs_and_samples, network_graphs, selecting_stages
+from .compare import detector_of_sessions, roi_inputs, shallow_copy
+from .graphs import (
+    MASK_ROIS,
+    as_list,
+    graph_inputs,
+    inputs_and_samples,
+    network_graphs,
+    selecting_stages,
+)
+from .session import Session
 
 
 @torch.no_grad()
@@ -38,9 +46,8 @@ def graph_feeds(model: nn.Module, graph: str, batches: Iterable[Tensor | Mapping
             if not len(rois):
                 continue
         feed = as_list(feed)
-        names = (['inputs'] if graph == 'network'
-                 else [*(f'features_{level}' for level in range(len(feed) - 1)), 'rois'])
-        yield {name: tensor.numpy() for name, tensor in zip(names, feed)}
+        yield {name: tensor.numpy()
+               for name, tensor in zip(graph_inputs(graph, len(feed) - 1), feed)}
 
 
 @torch.no_grad()

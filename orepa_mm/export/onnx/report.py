@@ -14,9 +14,13 @@ from ...reparam.verify import TOLERANCES
 BOX_TOLERANCE = 0.1
 #: Largest difference of the scores of the same box.
 SCORE_TOLERANCE = 1e-3
-#: Share of final boxes that may be another selection, and of mask pixels that may flip:
-#: rounding decides where an overlap or a rank is at a threshold.
-UNMATCHED_TOLERANCE, MASK_TOLERANCE = 0.01, 1e-3
+#: Share of final boxes that may be another selection: rounding decides where an overlap or a
+#: rank is at a threshold. And of pixels of label maps that may have another label, of masks
+#: another probability.
+UNMATCHED_TOLERANCE, PIXEL_TOLERANCE = 0.01, 1e-3
+#: Largest difference of the probabilities of the same pixel of a mask, of 255: one step, since
+#: rounding decides between two.
+_MASK_STEPS = 1
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class BoxComparison:
         unmatched: Other boxes of either side without one.
         coordinate_difference: Largest difference of a matched box's coordinate, in pixels.
         score_difference: Largest difference of a matched box's score.
-        mask_pixels: Number of pixels of all matched masks.
-        mask_flips: How many of these only one side has.
+        mask_pixels: Number of pixels of all matched masks whose probability is not 0.
+        mask_moved: How many of these have another probability, by more than 1 / 255.
+        mask_difference: Largest difference of such a probability.
     """
 
     boxes: int = 0
@@ -66,14 +71,15 @@ class BoxComparison:
     coordinate_difference: float = 0.0
     score_difference: float = 0.0
     mask_pixels: int = 0
-    mask_flips: int = 0
+    mask_moved: int = 0
+    mask_difference: float = 0.0
 
     @property
     def passed(self) -> bool:
         """Whether all differences are within their tolerances."""
         return (self.unmatched <= UNMATCHED_TOLERANCE * self.boxes
                 and self.score_difference <= SCORE_TOLERANCE
-                and self.mask_flips <= MASK_TOLERANCE * self.mask_pixels)
+                and self.mask_moved <= PIXEL_TOLERANCE * self.mask_pixels)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -83,7 +89,8 @@ class BoxComparison:
         """Match the boxes of one image.
 
         Args:
-            expected: `InstanceData` with `bboxes (n, 4)`, `scores (n,)`, `labels (n,)`.
+            expected: `InstanceData` with `bboxes (n, 4)`, `scores (n,)`, `labels (n,)`, maybe
+                `masks (n, h, w)`: probabilities of 0 to 255, rounded.
             found: The same, by ONNX Runtime.
             score_thr: Lower scores were dropped.
             max_per_img: No more boxes were kept.
@@ -115,9 +122,12 @@ class BoxComparison:
             self.at_edge += at_edge
             self.unmatched += len(alone) - at_edge
         if 'masks' in expected and 'masks' in found:
-            one, other = expected.masks[left], found.masks[right]
-            self.mask_pixels += int((one | other).sum())
-            self.mask_flips += int((one ^ other).sum())
+            one, other = expected.masks[left].int(), found.masks[right].int()
+            self.mask_pixels += int(((one > 0) | (other > 0)).sum())
+            difference = (one - other).abs()
+            self.mask_moved += int((difference > _MASK_STEPS).sum())
+            if difference.numel():
+                self.mask_difference = max(self.mask_difference, int(difference.max()) / 255)
 
 
 @dataclass(frozen=True)
@@ -196,7 +206,7 @@ class EndToEndReport:
     def passed(self) -> bool:
         """Whether all is within tolerance; false if nothing was compared."""
         return (self.images > 0 and (self.boxes is None or self.boxes.passed)
-                and self.pixel_flips <= MASK_TOLERANCE * self.pixels
+                and self.pixel_flips <= PIXEL_TOLERANCE * self.pixels
                 and self.probability_difference <= SCORE_TOLERANCE)
 
     def explain(self) -> str:

@@ -93,22 +93,33 @@ def clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def best(scores: Tensor, number: int, *others: Tensor) -> tuple[Tensor, ...]:
+def best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The best of each image, the best first.
 
     Args:
         scores: `(N, M)`.
         number: How many, if there are so many; not positive: all.
-        others: `(N, M, ...)` each, of the same candidates.
 
     Returns:
-        `scores (N, K)` and the others `(N, K, ...)`.
+        Scores and places, `(N, K)` each.
     """
     total = scores.shape[1]
-    scores, index = scores.topk(min(number, total) if number > 0 else total, dim=1)
-    return scores, *(
-        other.gather(1, index.reshape(*index.shape, *[1] * (other.dim() - 2))
-                     .expand(*index.shape, *other.shape[2:])) for other in others)
+    scores, places = scores.topk(min(number, total) if number > 0 else total, dim=1)
+    return scores, places
+
+
+def taken(values: Tensor, places: Tensor) -> Tensor:
+    """What lies at some places of each image.
+
+    Args:
+        values: `(N, M, ...)`.
+        places: `(N, K)`, counted from 0.
+
+    Returns:
+        `(N, K, ...)`.
+    """
+    more = values.shape[2:]
+    return values.gather(1, places.reshape(*places.shape, *[1] * len(more)).expand(-1, -1, *more))
 
 
 def after_nms(boxes: Tensor, scores: Tensor, groups: Tensor, nms: Mapping[str, Any], number: int,
@@ -136,68 +147,43 @@ def after_nms(boxes: Tensor, scores: Tensor, groups: Tensor, nms: Mapping[str, A
         step = torch.where(valid, boxes, 0).amax((1, 2)) + 1
         apart = boxes + (groups.to(boxes) * step[:, None])[..., None]
     kept = nms_keeps(apart, scores, float(nms['iou_threshold']))
-    scores, boxes, groups = best(torch.where(kept, scores, DROPPED), number, boxes, groups)
+    scores, places = best(torch.where(kept, scores, DROPPED), number)
     found = scores > 0
-    return torch.where(found[..., None], boxes, 0), scores, torch.where(found, groups, 0)
+    return (torch.where(found[..., None], taken(boxes, places), 0), scores,
+            torch.where(found, taken(groups, places), 0))
 
 
-def dense_detections(head: nn.Module, outputs: Sequence[Sequence[Tensor]], sizes: Tensor
-                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """The final boxes of a one-stage detector.
+def dense_detections(head: nn.Module, outputs: Sequence[Sequence[Tensor]], sizes: Tensor,
+                     apart_by_level: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The boxes that a dense head selects: a detector's final ones, or what an RPN proposes.
 
     Args:
-        head: A head that selects as `BaseDenseHead` does.
+        head: A head that selects as `BaseDenseHead` or `RPNHead` does.
         outputs: Of the head: scores, boxes, maybe factors of the scores, by level.
         sizes: Height and width of each image, `(N, 2)`.
+        apart_by_level: Whether boxes of different levels do not suppress each other, as of
+            an RPN; else those of different classes do not.
 
     Returns:
-        As of `after_nms`; the groups are labels.
-    """
-    cfg, channels = head.test_cfg, head.cls_out_channels
-    threshold = max(cfg.get('score_thr', 0), 0)
-    levels = []
-    for priors, cls_score, bbox_pred, *factors in _levels(head, outputs):
-        scores = (cls_score.sigmoid() if head.use_sigmoid_cls
-                  else cls_score.softmax(-1)[..., :-1])
-        classes = channels if head.use_sigmoid_cls else channels - 1
-        flat, index = scores.flatten(1).topk(
-            min(cfg.get('nms_pre', -1) if cfg.get('nms_pre', -1) > 0 else 10**9,
-                scores.shape[1] * classes), dim=1)
-        flat = torch.where(flat > threshold, flat, DROPPED)
-        where = torch.div(index, classes, rounding_mode='floor')
-        taken = where[..., None].expand(-1, -1, 4)
-        if factors:
-            flat = torch.where(flat > 0, flat * factors[0].sigmoid()[..., 0].gather(1, where), flat)
-        boxes = _decoded(head, priors[where], bbox_pred.gather(1, taken), sizes)
-        levels.append((boxes, flat, index % classes))
-    boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))
-    return after_nms(boxes, scores, labels, cfg.nms, cfg.max_per_img,
-                     cfg.get('min_bbox_size', -1))
-
-
-def proposals(head: nn.Module, outputs: Sequence[Sequence[Tensor]], sizes: Tensor
-              ) -> tuple[Tensor, Tensor]:
-    """What an RPN proposes.
-
-    Args:
-        head: An `RPNHead`.
-        outputs: Of the head: scores and boxes, by level.
-        sizes: Height and width of each image, `(N, 2)`.
-
-    Returns:
-        `boxes (N, P, 4)` and `scores (N, P)`, as of `after_nms`.
+        As of `after_nms`; the groups are labels, or levels.
     """
     cfg, levels = head.test_cfg, []
-    for level, (priors, cls_score, bbox_pred) in enumerate(_levels(head, outputs)):
+    classes = head.cls_out_channels - (not head.use_sigmoid_cls)
+    threshold = max(cfg.get('score_thr', 0), 0)
+    for level, (priors, cls_score, bbox_pred, *factors) in enumerate(_levels(head, outputs)):
         scores = cls_score.sigmoid() if head.use_sigmoid_cls else cls_score.softmax(-1)[..., :-1]
-        scores, preds, its_priors = best(
-            scores[..., 0], cfg.get('nms_pre', -1), bbox_pred,
-            priors.expand(len(bbox_pred), *priors.shape))
-        boxes = _decoded(head, its_priors, preds, sizes)
-        levels.append((boxes, scores, torch.full_like(scores, level, dtype=torch.int64)))
+        scores, places = best(scores.flatten(1), cfg.get('nms_pre', -1))
+        scores = torch.where(scores > threshold, scores, DROPPED)
+        where = torch.div(places, classes, rounding_mode='floor')
+        if factors:
+            factor = taken(factors[0], where)[..., 0].sigmoid()
+            scores = torch.where(scores > 0, scores * factor, scores)
+        boxes = _decoded(head, priors[where], taken(bbox_pred, where), sizes)
+        groups = torch.full_like(places, level) if apart_by_level else places % classes
+        levels.append((boxes, scores, groups))
     boxes, scores, groups = (torch.cat(parts, 1) for parts in zip(*levels))
     return after_nms(boxes, scores, groups, cfg.nms, cfg.max_per_img,
-                     cfg.get('min_bbox_size', -1))[:2]
+                     cfg.get('min_bbox_size', -1))
 
 
 def roi_detections(roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor,
