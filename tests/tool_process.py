@@ -4,28 +4,32 @@ Nothing of orepa_mm and no toolbox is imported beforehand: a tool does that as i
 own process.
 """
 
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import sys
 import tempfile
 import types
 from pathlib import Path
+from unittest import mock
 
 #: What is imported once.
 PRELOADED = ['torch', 'torch.utils.data', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'cv2',
              'matplotlib.pyplot', 'scipy.stats', 'pycocotools.coco', 'rich.progress',
              'onnxruntime']
+#: Beside the one that other tests use, which may have more imported.
+_SERVER = multiprocessing.forkserver.ForkServer()
+_SERVER.set_forkserver_preload(PRELOADED)
 
 
 def run_forked(command, folder):
     """Run what `python COMMAND...` runs, in `folder`; exit code and output."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(PRELOADED)
     with tempfile.NamedTemporaryFile() as output:
-        process = context.Process(target=_become, args=(
+        process = multiprocessing.get_context('forkserver').Process(target=_become, args=(
             list(map(str, command)), str(folder), output.name, dict(os.environ)))
-        process.start()
+        with mock.patch.object(multiprocessing.forkserver, 'connect_to_new_process',
+                               _SERVER.connect_to_new_process):
+            process.start()
         process.join()
         return process.exitcode, output.read().decode(errors='replace')
 
