@@ -60,7 +60,7 @@ def test_it_predicts_what_the_model_predicts(exported):
         assert report.boxes.unmatched == 0
         # probabilities of random weights lie at the threshold, where rounding decides
         assert report.boxes.mask_pixels > 1000
-        assert report.boxes.mask_moved == 0
+        assert report.boxes.mask_flips == 0
     else:
         assert (report.pixels > 0) == (name == 'PSPNet')
     changed = copy.deepcopy(model)
@@ -136,7 +136,7 @@ def test_images_of_their_own_size(exported):
     comparison.add(*instances, 0.0, 100)
     assert comparison.matched > 20
     assert comparison.unmatched <= 1
-    assert comparison.mask_moved < 0.02 * comparison.mask_pixels  # at the threshold
+    assert comparison.mask_flips < 0.02 * comparison.mask_pixels  # at the threshold
     assert found.pred_instances.masks.shape[1:] == (48, 50)
     assert found.pred_instances.bboxes[:, 2].max() <= 50.01
 

@@ -15,12 +15,12 @@ BOX_TOLERANCE = 0.1
 #: Largest difference of the scores of the same box.
 SCORE_TOLERANCE = 1e-3
 #: Share of final boxes that may be another selection: rounding decides where an overlap or a
-#: rank is at a threshold. And of pixels of label maps that may have another label, of masks
-#: another probability.
+#: rank is at a threshold. And of pixels of label maps that may have another label, and of
+#: masks that may be in or out.
 UNMATCHED_TOLERANCE, PIXEL_TOLERANCE = 0.01, 1e-3
-#: Largest difference of the probabilities of the same pixel of a mask, of 255: one step, since
-#: rounding decides between two.
-_MASK_STEPS = 1
+#: Probabilities of masks go from 0 to 255. Above this a pixel is inside; where those of the two
+#: sides are one step apart, rounding decides.
+_HALF, _MASK_STEPS = 127, 1
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class BoxComparison:
         unmatched: Other boxes of either side without one.
         coordinate_difference: Largest difference of a matched box's coordinate, in pixels.
         score_difference: Largest difference of a matched box's score.
-        mask_pixels: Number of pixels of all matched masks whose probability is not 0.
-        mask_moved: How many of these have another probability, by more than 1 / 255.
-        mask_difference: Largest difference of such a probability.
+        mask_pixels: Number of pixels of all matched masks.
+        mask_flips: How many of these only one side has, by more than rounding.
+        mask_difference: Largest difference of the probabilities of a pixel that only one side has.
     """
 
     boxes: int = 0
@@ -71,7 +71,7 @@ class BoxComparison:
     coordinate_difference: float = 0.0
     score_difference: float = 0.0
     mask_pixels: int = 0
-    mask_moved: int = 0
+    mask_flips: int = 0
     mask_difference: float = 0.0
 
     @property
@@ -79,7 +79,7 @@ class BoxComparison:
         """Whether all differences are within their tolerances."""
         return (self.unmatched <= UNMATCHED_TOLERANCE * self.boxes
                 and self.score_difference <= SCORE_TOLERANCE
-                and self.mask_moved <= PIXEL_TOLERANCE * self.mask_pixels)
+                and self.mask_flips <= PIXEL_TOLERANCE * self.mask_pixels)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -121,13 +121,13 @@ class BoxComparison:
             at_edge = int((kept.scores[alone] <= edge + SCORE_TOLERANCE).sum())
             self.at_edge += at_edge
             self.unmatched += len(alone) - at_edge
-        if 'masks' in expected and 'masks' in found:
+        if 'masks' in expected and 'masks' in found and len(left):
             one, other = expected.masks[left].int(), found.masks[right].int()
-            self.mask_pixels += int(((one > 0) | (other > 0)).sum())
-            difference = (one - other).abs()
-            self.mask_moved += int((difference > _MASK_STEPS).sum())
-            if difference.numel():
-                self.mask_difference = max(self.mask_difference, int(difference.max()) / 255)
+            inside, other_inside = one > _HALF, other > _HALF
+            difference = torch.where(inside != other_inside, (one - other).abs(), 0)
+            self.mask_pixels += int((inside | other_inside).sum())
+            self.mask_flips += int((difference > _MASK_STEPS).sum())
+            self.mask_difference = max(self.mask_difference, int(difference.max()) / 255)
 
 
 @dataclass(frozen=True)
