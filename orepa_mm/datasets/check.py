@@ -13,7 +13,7 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS
 
 from ..errors import DataRootError
-from .check_annotations import check_coco, has_boxes, read_coco
+from .check_annotations import check_coco, has_boxes, has_file_name, read_coco
 from .check_findings import CONVERTED, NOTE, Finding, Findings
 from .check_images import Sample, check_files, check_image, check_label_map, same_content
 from .cityscapes_layout import num_label_values
@@ -158,7 +158,7 @@ def _coco_part(dataset: BaseDataset, annotation: Path, folder: Path, masks: bool
                  [str(name) for name in names if name not in classes])
     return _Part(findings, [
         Sample(folder / image['file_name'], sizes.get(image.get('id')))
-        for image in content['images'] if image.get('file_name')])
+        for image in content['images'] if has_file_name(image)])
 
 
 def _label_map_part(dataset: BaseDataset, samples: list[dict], findings: Findings) -> _Part:

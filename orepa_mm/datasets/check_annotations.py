@@ -139,7 +139,7 @@ def check_coco(content: dict[str, Any], findings: Findings,
     sizes = {}
     for i, image in enumerate(content['images']):
         size = (image.get('width'), image.get('height'))
-        if image.get('file_name') and all(map(_is_number, size)):
+        if has_file_name(image) and all(map(_is_number, size)):
             sizes[image.get('id')] = size
         else:
             findings.add('image without file name, width or height',
@@ -193,8 +193,19 @@ class _Namer:
         return f'annotation {annotation.get("id")} ({file})'
 
 
+def has_file_name(image: dict[str, Any]) -> bool:
+    """Whether an entry of an image names its file.
+
+    Args:
+        image: Of an annotation file.
+    """
+    return isinstance(image.get('file_name'), str) and bool(image['file_name'])
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # no float holds an integer that is larger, and NumPy none beyond 64 bits
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53)
 
 
 def _boxes(annotations: list[dict[str, Any]]) -> tuple[np.ndarray, list[int]]:

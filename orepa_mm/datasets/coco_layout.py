@@ -170,10 +170,11 @@ def _class_names(annotation: Path, root: Path) -> tuple[str, ...]:
     try:
         content = json.loads(annotation.read_text())
         names = tuple(category['name'] for category in content['categories'])
+        different = len(set(names)) == len(names)
     except (ValueError, KeyError, TypeError) as error:
         raise DataRootError(f'{annotation} is not in COCO format '
                             f'({type(error).__name__}: {error})') from error
-    if not names or len(set(names)) != len(names):
+    if not names or not different:
         raise DataRootError(f'{annotation} needs categories with different names, has {names}')
     return names
 

@@ -17,8 +17,8 @@ from orepa_mm.errors import DataRootError
 from orepa_mm.workflow import load_model, predict
 
 #: What may stand in place of any value of an annotation file.
-VALUES = (None, True, -1, 0, 1.5, 10 ** 12, math.nan, math.inf, -math.inf, '', 'x', '../../x', [],
-          [[]], [None], {}, {'x': 1})
+VALUES = (None, True, -1, 0, 1.5, 10**12, 10**30, math.nan, math.inf, -math.inf, '', 'x',
+          '../../x', [], [[]], [None], {}, {'x': 1})
 
 
 def mode(name, **options):
