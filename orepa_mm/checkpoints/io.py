@@ -208,12 +208,16 @@ def require_values(key: str, value: Tensor, own: Tensor | None, owner: str) -> N
         raise CheckpointError(f'{key} is no ordinary tensor with values')
     if own is not None and own.is_floating_point() and not value.is_floating_point():
         raise CheckpointError(f'{key} is of type {value.dtype}, where {owner} has {own.dtype}')
-    if value.is_floating_point() and not _is_finite(value):
+    if value.is_floating_point() and not is_finite(value):
         raise CheckpointError(f'{key} holds values that are not finite (NaN or Inf)')
 
 
-def _is_finite(value: Tensor) -> bool:
-    """Whether all values are; without a tensor as large as this one, where PyTorch lets."""
+def is_finite(value: Tensor) -> bool:
+    """Whether all values are; without a tensor as large as this one, where PyTorch lets.
+
+    Args:
+        value: Of any shape, dense.
+    """
     if value.numel() == 0:
         return True
     # what repeats values without holding them may be of any size

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint, model_state_dict
 from ..checkpoints.expansion import without_wrappers
+from ..checkpoints.io import is_finite
 from ..errors import CheckpointError, DivergedError, shortened
 from ..files import remove_unfinished, written_whole
 
@@ -196,7 +197,7 @@ def _last_good_checkpoint(work_dir: str | Path) -> str | None:
         state = model_state_dict(load_checkpoint(path))
     except (OSError, CheckpointError):
         return None
-    return path if all(value.isfinite().all() for value in state.values()) else None
+    return path if all(map(is_finite, state.values())) else None
 
 
 def use_whole_checkpoints(cfg: Config) -> None:

@@ -59,7 +59,7 @@ class EndToEndFile(BaseModel):
         self.cfg = self._config = Config(dict(default_scope=scope, test_dataloader=dict(
             dataset=dict(pipeline=[dict(type='LoadImageFromFile'), dict(type=packing)]))))
         self.dataset_meta = self._dataset_meta = dataset_meta(meta)
-        self.mask_head = None
+        self.mask_head = self.mask_threshold = None
         if 'masks' in outputs:
             from mmdet.models.roi_heads.mask_heads import FCNMaskHead
             # what pastes masks that are activated, and of the box's label
@@ -140,9 +140,7 @@ class EndToEndFile(BaseModel):
                 masks are probabilities, 0 to 255, as of MMDetection's `mask_thr_binary`.
         """
         results = []
-        threshold = mask_threshold
-        if self.mask_head is not None and threshold is None:
-            threshold = self.mask_threshold
+        threshold = self.mask_threshold if mask_threshold is None else mask_threshold
         for image, sample in enumerate(samples):
             count = int(found['count'][image])
             boxes = found['boxes'][image, :count].clone()
