@@ -103,13 +103,14 @@ print(json.dumps(results))
 '''
 
 
-def run_each(*commands):
+def run_each(*commands, **kwargs):
     """Run tools in one process, which saves the imports; exit code and output of each.
 
-    For command lines that end before they leave anything behind: refusals and `-h`.
+    For command lines that end before they leave anything behind: refusals and `-h`. Options are
+    those of `run`.
     """
     lines = json.dumps([[str(word) for word in command] for command in commands])
-    return json.loads(run('-c', ONE_AFTER_ANOTHER, lines).splitlines()[-1])
+    return json.loads(run('-c', ONE_AFTER_ANOTHER, lines, **kwargs).splitlines()[-1])
 
 
 def exit_code(tool, *words):

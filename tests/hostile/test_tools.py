@@ -3,7 +3,6 @@
 What it says of each kind of checkpoint is in test_checkpoint_files.py: here is one of each sort.
 """
 
-import json
 import os
 import resource
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import damage
 import pytest
 from damage import contents
-from helpers import ONE_AFTER_ANOTHER, ROOT, exit_code
+from helpers import ROOT, exit_code, run_each
 
 #: How each tool takes a checkpoint; `out` is a folder that is not there.
 TOOLS = {
@@ -136,12 +135,8 @@ def test_links_to_themselves(room, called, nothing_changes):
 
 def limited(limit, *commands):
     """Run tools in a process of its own that is limited first; exit code and output of each."""
-    lines = json.dumps([[str(word) for word in command] for command in commands])
-    result = subprocess.run(
-        [sys.executable, '-B', '-c', ONE_AFTER_ANOTHER, lines], cwd=ROOT, capture_output=True,
-        text=True, preexec_fn=limit, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return run_each(*commands, preexec_fn=limit, env={
+        **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONDONTWRITEBYTECODE': '1'})
 
 
 def test_a_disk_that_is_full(room, nothing_changes):
