@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -25,3 +26,9 @@ def _no_default_scope_of_another_file():
 def _no_default_scope(monkeypatch):
     """A scope that another test left behind would decide which package's class is built."""
     monkeypatch.setattr(DefaultScope, '_instance_dict', type(DefaultScope._instance_dict)())
+
+
+@pytest.fixture(autouse=True)
+def _no_logger(monkeypatch):
+    """A logger of another test would write into that test's captured, closed output."""
+    monkeypatch.setattr(MMLogger, '_instance_dict', type(MMLogger._instance_dict)())

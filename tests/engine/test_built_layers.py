@@ -33,8 +33,7 @@ def log():
         log_built_layers(model, cfg)
         return model, list(lines)
 
-    yield build
-    MMLogger._instance_dict.pop('built')
+    return build
 
 
 def counted(model):

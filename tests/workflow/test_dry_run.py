@@ -60,7 +60,8 @@ def test_a_config_without_validation(tmp_path):
 
 
 @pytest.mark.parametrize(('step', 'words'), [
-    ('build', 'choose another path'), ('train 3 iterations', 'loss is not finite'),
+    ('build', 'choose another path'), ('train 3 iterations', 'has diverged: the loss is nan'),
+    ('train 3 iterations', 'the loss is not finite'),  # only the loss
     ('validate', 'RuntimeError: no score .*test_dry_run.py, line'),
     ('load', 'it has no|has no layer')])
 def test_a_step_that_fails_is_named(tmp_path, monkeypatch, step, words):
@@ -70,7 +71,7 @@ def test_a_step_that_fails_is_named(tmp_path, monkeypatch, step, words):
         cfg.work_dir = str(tmp_path / 'tmp' / 'file')
     elif step.startswith('train'):
         monkeypatch.setattr(ToyModel, 'forward', lambda self, inputs, mode='tensor': dict(
-            loss=self.layer(inputs).sum() * torch.nan))
+            loss=self.layer(inputs).sum() * (torch.nan if 'diverged' in words else 0) + torch.nan))
     elif step == 'validate':
         def fail(self, results):
             raise RuntimeError('no score')
