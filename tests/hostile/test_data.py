@@ -8,9 +8,15 @@ import random
 import numpy as np
 import pytest
 from mmengine.hub import get_config
+from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
-from orepa_mm.datasets import apply_data_root, make_shapes_coco, require_usable_data
+from orepa_mm.datasets import (
+    apply_data_root,
+    make_shapes_cityscapes,
+    make_shapes_coco,
+    require_usable_data,
+)
 from orepa_mm.datasets.check import check_data
 from orepa_mm.engine import read_config
 from orepa_mm.errors import DataRootError
@@ -99,6 +105,49 @@ def test_what_is_no_image_is_named_and_the_rest_is_done(kind, model, tmp_path):
     assert done.count == 1
     (line,) = done.skipped
     assert path.name in line
+
+
+UPERNET = 'mmseg::upernet/upernet_r18_4xb2-40k_cityscapes-512x1024.py'
+ALL_VALUES = np.tile(np.arange(256, dtype=np.uint8), (64, 1))[:, :64]
+#: Label maps of 64 x 64, as somebody may save them.
+LABEL_MAPS = {
+    'L': Image.fromarray(np.eye(64, dtype=np.uint8)),
+    'L with 255': Image.fromarray(np.eye(64, dtype=np.uint8) * 255),
+    'L with every value': Image.fromarray(ALL_VALUES),
+    'one bit': Image.fromarray(np.eye(64, dtype=np.uint8) * 255).convert('1'),
+    'palette': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('P'),
+    'palette of colours': Image.effect_noise((64, 64), 90).convert('RGB').quantize(7),
+    '16 bit': Image.fromarray(np.eye(64, dtype=np.uint16)),
+    '16 bit, large': Image.fromarray(np.eye(64, dtype=np.uint16) * 300),
+    'LA': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('LA'),
+    'RGB': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('RGB'),
+    'RGBA': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('RGBA'),
+    'small': Image.new('L', (1, 1)),
+    'wide': Image.new('L', (64, 65)),
+}
+SOUND = {'L', 'L with 255', 'one bit', 'palette', '16 bit'}
+
+
+@pytest.mark.parametrize('kind', LABEL_MAPS)
+def test_a_label_map_that_passes_is_read_within_its_range(kind, tmp_path):
+    root = make_shapes_cityscapes(tmp_path / 'streets', 1, 1, 64)
+    path, = root.glob('gtFine/val/*/*_labelTrainIds.png')
+    LABEL_MAPS[kind].save(path)
+    content = path.read_bytes()
+    cfg = apply_data_root(get_config(UPERNET), root, ['test'], check=False)
+    check = check_data(cfg, ['test'])
+    assert check.passed == (kind in SOUND)
+    assert path.read_bytes() == content
+    if not check.passed:
+        assert any(str(path) in name for finding in check.findings for name in finding.names)
+        return
+    dataset = cfg.test_dataloader.dataset
+    dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        sample = DATASETS.build(dataset)[0]
+    values = sample['gt_seg_map']
+    assert values.shape == sample['img'].shape[:2]
+    assert set(np.unique(values)) <= {*range(len(dataset.metainfo['classes'])), 255}
 
 
 MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
