@@ -10,13 +10,24 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+#: Seconds to wait for whoever has locked a folder: files are renamed in less.
+_PATIENCE = 5.0
 
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Write a file under a temporary name; it gets its own only if nothing fails.
+
+    What killed processes of this machine left of the same file is removed.
 
     Args:
         path: The file to be. Its folder is created.
@@ -30,6 +41,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     require_writable_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(path.parent, path.stem)
     handle, temporary = tempfile.mkstemp(prefix=_prefix(path.parent / path.stem, 'new'),
                                          suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -103,22 +115,23 @@ def _naming(temporary: Path, path: Path) -> Iterator[None]:
                       str(path)) from error
 
 
-def remove_unfinished(folder: str | Path) -> int:
+def remove_unfinished(folder: str | Path, stem: str | None = None) -> int:
     """Remove the temporary files that killed processes of this machine left in a folder.
 
     Args:
         folder: Where `written_whole` wrote.
+        stem: Of the file to be, its name without suffix; any by default.
 
     Returns:
-        How many there were.
+        How many were removed; those of other users may have to stay.
     """
-    pattern = re.compile(r'\..+\.new-' + re.escape(platform.node()) + r'-(\d+)-')
-    folder = Path(folder)
-    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_file()
-             and (match := pattern.match(path.name)) and not _is_alive(int(match[1]))]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return len(found)
+    removed = 0
+    for path, _ in _left_by_killed(Path(folder), stem):
+        if path.is_file():
+            with contextlib.suppress(OSError):
+                path.unlink()
+                removed += 1
+    return removed
 
 
 @contextlib.contextmanager
@@ -133,9 +146,11 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
       new one takes its name. Killed between the two renames, it lies beside its
       name (`.NAME.old-HOST-PID`) and the next call puts it back.
     - It holds other files, and no earlier result: the new files are renamed into
-      it one by one, in the order of their names.
-    - It holds both, or cannot be renamed (a mount point, the current folder): that
-      is refused at once.
+      it one by one, in the order of their names. So they are if other files, and
+      no result, came meanwhile.
+    - It holds both, or a result and cannot be renamed (a mount point, the current
+      folder): that is refused at once, or before anything is renamed if it came
+      to that meanwhile.
 
     What killed processes of this machine left beside the folder is removed.
 
@@ -148,8 +163,8 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
         The temporary folder to write to, empty.
 
     Raises:
-        FileExistsError: If an earlier result cannot be replaced as a whole, or another
-            process was faster.
+        FileExistsError: If an earlier result, or that of another process which was
+            faster, cannot be replaced as a whole.
         OSError: If it cannot be written; it names the folder to be, not the temporary one.
     """
     folder = Path(folder).resolve()
@@ -165,10 +180,11 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
         for path in list(temporary.iterdir()):
             if not owned(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if inside:
-            for path in sorted(temporary.iterdir()):
+        with _locked(folder):  # what lies there may have changed
+            inside = folder.is_dir() and not _is_replaceable(folder, owned)
+            for path in sorted(temporary.iterdir()) if inside else ():
                 path.replace(folder / path.name)
-        else:
+        if not inside:
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
@@ -193,8 +209,11 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
 
 def _is_replaceable(folder: Path, owned: Callable[[str], bool]) -> bool:
     """Whether a folder may be renamed; an error if it must be, to replace a result, and may not."""
-    names = sorted(path.name for path in folder.iterdir())
-    result, others = ([name for name in names if owned(name) is kind] for kind in (True, False))
+    temporary = _temporary()  # another process may be writing its result in there
+    result: list[str] = []
+    others: list[str] = []
+    for name in sorted(os.listdir(folder)):
+        (result if owned(name) and not temporary.match(name) else others).append(name)
     fixed = folder.is_mount() or Path.cwd().is_relative_to(folder)
     if result and (others or fixed):
         reason = (f'other files as well ({", ".join(others[:3])})' if others
@@ -205,20 +224,53 @@ def _is_replaceable(folder: Path, owned: Callable[[str], bool]) -> bool:
     return not (others or fixed)
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes waiting, if there is such a folder and its disk knows locks."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None and folder.is_dir():
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)  # which unlocks it, as a kill does
+            latest = time.monotonic() + _PATIENCE
+            with contextlib.suppress(OSError):
+                while not _is_lockable(descriptor) and time.monotonic() < latest:
+                    time.sleep(0.02)
+        yield
+
+
+def _is_lockable(descriptor: int) -> bool:
+    """Lock an open file or folder, unless another process has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _prefix(folder: Path, kind: str) -> str:
     return f'.{folder.name}.{kind}-{platform.node()}-{os.getpid()}-'
 
 
+def _temporary(name: str | None = None, host: str | None = None) -> re.Pattern[str]:
+    """What `_prefix` gives, for any name, any kind, any machine and any process."""
+    named, there = ('.+' if text is None else re.escape(text) for text in (name, host))
+    return re.compile(rf'\.{named}\.(new|old)-{there}-(\d+)-')
+
+
+def _left_by_killed(folder: Path, name: str | None) -> list[tuple[Path, str]]:
+    """Temporary files and folders of dead processes of this machine, each with its kind."""
+    pattern = _temporary(name, platform.node())
+    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
+    matches = map(pattern.match, sorted(names))
+    return [(folder / match.string, match[1]) for match in matches
+            if match and not _is_alive(int(match[2]))]
+
+
 def _clean_up(folder: Path) -> None:
     """Put back a folder that a killed process renamed; remove what such processes left."""
-    pattern = re.compile(re.escape(f'.{folder.name}.') + '(new|old)-'
-                         + re.escape(platform.node()) + r'-(\d+)-')
     for parent in (folder.parent, folder):
-        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
-            found = pattern.match(path.name)
-            if not found or _is_alive(int(found[2])):
-                continue
-            if found[1] == 'old' and any(path.iterdir()) and not folder.exists():
+        for path, kind in _left_by_killed(parent, folder.name):
+            if kind == 'old' and any(path.iterdir()) and not folder.exists():
                 path.replace(folder)
             else:
                 shutil.rmtree(path, ignore_errors=True)

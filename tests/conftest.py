@@ -7,6 +7,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import quick_start  # noqa: F401  # before what it changes is used
 
 
 @pytest.fixture(autouse=True)

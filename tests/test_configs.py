@@ -22,9 +22,13 @@ from orepa_mm.reparam.verify import own_proposals, raw_outputs
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py')
                  if path.parent.name != '_base_')
+#: From the authors' weights: each is the config of its sibling but for these.
+FROM_THE_AUTHORS = {path: path.with_name(path.name.replace('-in1k_', '_')) for path in CONFIGS
+                    if '-in1k_' in path.name}
+NETWORKS = [path for path in CONFIGS if path not in FROM_THE_AUTHORS]
 #: Too large to train here; their lighter siblings are made of the same lines.
 HEAVY = ('r101', 'resnet101', 'repvgg-B1', 'resnet18-1.5x', 'resnet18-2x')
-TRAINED = [path for path in CONFIGS if not any(name in path.stem for name in HEAVY)]
+TRAINED = [path for path in NETWORKS if not any(name in path.stem for name in HEAVY)]
 
 
 def load(path):
@@ -58,7 +62,16 @@ def test_readme_links_every_config_and_no_dead_ones():
             assert {str(path.relative_to(ROOT)) for path in CONFIGS} <= links
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', FROM_THE_AUTHORS, ids=lambda path: path.stem)
+def test_the_authors_weights_are_all_that_differs(path):
+    ours, sibling = (Config.fromfile(found).to_dict() for found in (path, FROM_THE_AUTHORS[path]))
+    start = ours['model']['backbone'].pop('init_cfg')
+    assert start['type'] == 'Pretrained'
+    assert start != sibling['model']['backbone'].pop('init_cfg')
+    assert ours == sibling
+
+
+@pytest.mark.parametrize('path', NETWORKS, ids=lambda path: path.stem)
 def test_builds_and_deploys_to_a_stock_model(path):
     cfg = load(path)
     stock = deploy_config(cfg)

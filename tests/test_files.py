@@ -14,6 +14,7 @@ from helpers import ROOT
 
 from orepa_mm.files import (
     folder_written_whole,
+    remove_unfinished,
     require_writable_file,
     require_writable_folder,
     written_whole,
@@ -120,6 +121,115 @@ def test_folders_of_living_processes_stay(tmp_path):
         assert first.is_dir()
         (first / 'model.pth').write_text('first')
     assert content(out) == {'model.pth': 'first'}
+
+
+#: Left in the middle of writing a file.
+FILE_WRITER = f'''
+import os, signal, sys
+sys.path.append({str(ROOT / 'orepa_mm')!r})
+import files
+with files.written_whole(sys.argv[1]) as temporary:
+    temporary.write_text('half')
+    os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+def test_the_next_writer_of_a_file_removes_what_killed_ones_left(tmp_path):
+    path, other = tmp_path / 'a b.pth', tmp_path / 'a b.c.pth'
+    for killed_at in (path, other):
+        subprocess.run([sys.executable, '-c', FILE_WRITER, killed_at], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    with written_whole(path) as living, written_whole(path) as second:
+        assert living.exists()  # of this process, which lives
+        second.write_text('second')
+        living.write_text('first')
+    assert path.read_text() == 'first'
+    assert len(list(tmp_path.iterdir())) == 2  # that of the other file is no business of this one
+    assert remove_unfinished(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('node', ['ip-10-0-0-5', 'a', 'x.new-b-1-c'])
+def test_machines_of_any_name_are_told_apart(tmp_path, monkeypatch, node):
+    dead = 2**22 + 1  # beyond what Linux counts to
+    monkeypatch.setattr('platform.node', lambda: node)
+    for host in (node, 'another'):
+        for process in (dead, os.getpid()):
+            (tmp_path / f'.x.new-{host}-{process}-abc.tar-12-x').touch()
+    with written_whole(tmp_path / 'x.pth'):
+        pass
+    left = {path.name for path in tmp_path.iterdir()} - {'x.pth'}
+    assert left == {f'.x.new-{host}-{process}-abc.tar-12-x' for host, process in (
+        ('another', dead), ('another', os.getpid()), (node, os.getpid()))}
+
+
+def write_while(folder, meanwhile):
+    with folder_written_whole(folder, NAMES.__contains__) as temporary:
+        (temporary / 'model.pth').write_text('first')
+        meanwhile()
+
+
+def test_two_writers_do_not_mix_their_results_among_other_files(tmp_path):
+    (tmp_path / 'mine.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='earlier result'):
+        write_while(tmp_path, lambda: write(tmp_path, 'second'))
+    assert content(tmp_path) == {'mine.txt': 'mine', **dict.fromkeys(NAMES, 'second')}
+
+
+def test_files_that_come_meanwhile_survive(tmp_path):
+    """A folder that was empty, or held a result alone, is no longer replaced as a whole."""
+    out = tmp_path / 'out'
+    out.mkdir()
+    mine = out / 'mine.txt'
+    write_while(out, lambda: mine.write_text('mine'))
+    assert content(out) == {'mine.txt': 'mine', 'model.pth': 'first'}
+    mine.unlink()
+    (out / 'model.pth').write_text('older')
+    with pytest.raises(FileExistsError, match=r'other files as well \(mine\.txt'):
+        write_while(out, lambda: mine.write_text('mine'))
+    assert content(out) == {'mine.txt': 'mine', 'model.pth': 'older'}
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_a_current_folder_is_written_into_by_one_process_alone(tmp_path, monkeypatch):
+    """Whatever is in it belongs to a result here, but for what another process is writing."""
+    monkeypatch.chdir(tmp_path)
+    with folder_written_whole('.', lambda name: True) as first:
+        (first / 'x').write_text('first')
+        with folder_written_whole('.', lambda name: True) as second:
+            (second / 'y').write_text('second')
+        (tmp_path / 'y').unlink()
+    assert content(tmp_path) == {'x': 'first'}
+
+
+def test_a_folder_is_locked_while_files_move_into_it(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+    (tmp_path / 'mine.txt').write_text('mine')
+    replace, locked = Path.replace, []
+
+    def watched(*paths):
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        locked.append(paths[1].name)
+        return replace(*paths)
+
+    monkeypatch.setattr(Path, 'replace', watched)
+    write(tmp_path, 'new')
+    assert locked == list(NAMES)
+
+
+def test_a_lock_of_somebody_else_does_not_stop_it(tmp_path, monkeypatch):
+    """As of the command `flock FOLDER ...`, which waits for this very process."""
+    fcntl = pytest.importorskip('fcntl')
+    monkeypatch.setattr('orepa_mm.files._PATIENCE', 0.05)
+    (tmp_path / 'mine.txt').write_text('mine')
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    write(tmp_path, 'new')
+    os.close(descriptor)
+    assert content(tmp_path) == {'mine.txt': 'mine', **dict.fromkeys(NAMES, 'new')}
 
 
 def full(*names):

@@ -16,7 +16,7 @@ from unittest import mock
 #: What is imported once.
 PRELOADED = ['torch', 'torch.utils.data', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'cv2',
              'matplotlib.pyplot', 'scipy.stats', 'pycocotools.coco', 'rich.progress',
-             'onnxruntime']
+             'onnxruntime', 'quick_start']
 #: Beside the one that other tests use, which may have more imported.
 _SERVER = multiprocessing.forkserver.ForkServer()
 _SERVER.set_forkserver_preload(PRELOADED)

@@ -179,8 +179,8 @@ def measure_config_step(cfg: Config, settings: Settings, progress: Progress | No
         progress: Told after every step.
 
     Raises:
-        ConfigError: If the config is not in training form, or its network does
-            not run on such an input.
+        ConfigError: If the config is not in training form, nothing in its network
+            is trained, or it does not run on such an input.
     """
     with settings.on_threads():
         inputs = settings.inputs()
@@ -189,6 +189,8 @@ def measure_config_step(cfg: Config, settings: Settings, progress: Progress | No
         title = config_title(cfg)
         try:
             rows = _measure([_step_subject(one, run) for one in built], settings, progress)
+        except ConfigError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise ConfigError('the network does not run on an input of shape '
                               f'{" x ".join(map(str, settings.input_shape))}: {error}') from error
@@ -314,8 +316,12 @@ def _step_subject(built: Network, run: Callable[[nn.Module], object]) -> _Subjec
     model = built.model
 
     def forward() -> Tensor:
-        return sum(output.mean() for output in tree_leaves(run(model))
-                   if isinstance(output, Tensor) and output.requires_grad)
+        total = sum(output.mean() for output in tree_leaves(run(model))
+                    if isinstance(output, Tensor) and output.requires_grad)
+        if not isinstance(total, Tensor):
+            raise ConfigError('no output of the network depends on a weight that is trained: '
+                              'there is no backward pass to measure')
+        return total
 
     @torch.enable_grad()  # memory is measured where gradients are off
     def step() -> None:

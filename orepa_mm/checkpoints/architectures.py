@@ -164,8 +164,9 @@ def build_backbone(architecture: Architecture, plain: bool = False, device: str 
 class _ReadableLinspace(TorchFunctionMode):
     """Keeps `torch.linspace` on the CPU: MMPretrain's ResNet reads its values while building."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (),
-                           kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any,
+                           args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+                           ) -> Any:
         kwargs = kwargs or {}
         if func is torch.linspace:
             kwargs = {**kwargs, 'device': 'cpu'}
@@ -265,10 +266,10 @@ def _recognize_repvgg(state: Mapping[str, Tensor], form: str) -> tuple[str, dict
     options = {'conv_cfg': {'type': 'OREPA', 'block': 'repvgg_online'}} if online else {}
     kind = ' with one BN per block' * online
     counts = _block_counts(state)
-    widths = tuple(width_of(f'stage_{stage}.0') if count else None
+    widths = tuple(width_of(f'stage_{stage}.0') if count else 0
                    for stage, count in enumerate(counts, start=1))
     alike = {name: _REPVGG_BLOCKS[name[0]] for name, published in _REPVGGS.items()
-             if all(width in (None, other) for width, other in zip(widths, published))}
+             if all(width in (0, other) for width, other in zip(widths, published))}
     name = next((name for name, blocks in alike.items() if blocks == counts), None)
     if 0 in counts or (form == 'authors' and alike and name is None):
         raise _missing_blocks(counts, {f'RepVGG-{name}': blocks for name, blocks in alike.items()},

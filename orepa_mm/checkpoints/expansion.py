@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CheckpointError
 from ..layers import ReparamConv2d, adjacent_children, reparam_layers
-from .forms import noted
+from .forms import module_notes, noted, with_module_notes
 from .io import require_values
 
 
@@ -62,10 +61,9 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
     branches = {kernel: of for kernel, of in branches.items() if of}
     if not branches:
         return state_dict
-    expanded: OrderedDict[str, Any] = OrderedDict()
+    expanded: dict[str, Any] = {}
     for key, value in state_dict.items():
         expanded.update(branches.get(key, {key: value}))
-    expanded._metadata = OrderedDict(getattr(state_dict, '_metadata', None) or {})
     done = {layer for prefix, layer in layers if f'{prefix}weight' in branches}
     print_log(
         f'{source or noted(state_dict, "source") or "the checkpoint"}: plain weights were expanded '
@@ -74,7 +72,7 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
         'computes with them; the branches beside the origin branch start as the model has them. '
         'Train on, then re-parameterize: the cost to run is that of the plain model',
         'current', logging.INFO)
-    return expanded
+    return with_module_notes(expanded, module_notes(state_dict))
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
@@ -84,7 +82,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
         model: Maybe wrapped for a distributed run or for test-time augmentation.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        model = model.get_submodule('module')
     return model
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import CheckpointError
+
+_Value = TypeVar('_Value')
 
 #: A branch of an OREPA block: only a training form has them. (`vector` is a name of others too.)
 _BRANCH = re.compile(r'\.weight_(orepa|or1x1|rbr|online)_\w+$')
@@ -50,11 +52,9 @@ def note(state_dict: Mapping[str, Any], **notes: str | None) -> OrderedDict[str,
     Returns:
         The same weights with the notes, see `noted`.
     """
-    result = OrderedDict(state_dict)
-    before = getattr(state_dict, '_metadata', None) or {}
-    notes = {name: value for name, value in notes.items() if value is not None}
-    result._metadata = OrderedDict({**before, '': {**before.get('', {}), **notes}})
-    return result
+    before = module_notes(state_dict)
+    new = {name: value for name, value in notes.items() if value is not None}
+    return with_module_notes(state_dict, {**before, '': {**before.get('', {}), **new}})
 
 
 def noted(state_dict: Mapping[str, Any], name: str) -> str | None:
@@ -64,8 +64,32 @@ def noted(state_dict: Mapping[str, Any], name: str) -> str | None:
         state_dict: Of a model or of a part of it.
         name: `form` or `source`.
     """
-    notes = getattr(state_dict, '_metadata', None) or {}
-    return notes.get('', {}).get(name)
+    return module_notes(state_dict).get('', {}).get(name)
+
+
+def module_notes(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """PyTorch's own notes beside weights: the version of each module, by the module's name.
+
+    Args:
+        state_dict: Of a model or of a part of it.
+
+    Returns:
+        The notes; empty for a state dict that PyTorch did not make.
+    """
+    return getattr(state_dict, '_metadata', None) or {}
+
+
+def with_module_notes(state_dict: Mapping[str, _Value], notes: Mapping[str, dict[str, Any]]
+                      ) -> OrderedDict[str, _Value]:
+    """The same weights with other notes.
+
+    Args:
+        state_dict: The weights; left as they are.
+        notes: As of `module_notes`; copied.
+    """
+    result = OrderedDict(state_dict)
+    result._metadata = OrderedDict(notes)  # type: ignore[attr-defined]  # as PyTorch does
+    return result
 
 
 def training_form_of(keys: Collection[str]) -> str:

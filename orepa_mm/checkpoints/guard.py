@@ -124,14 +124,14 @@ def guard_mmengine() -> None:
         require_same_form(module, state_dict)
         return load(module, state_dict, *args, **kwargs)
 
-    checked.checks_form = True
+    checked.checks_form = True  # type: ignore[attr-defined]  # a mark, for the second call
     mmengine.runner.checkpoint.load_state_dict = checked
     mmengine.runner.load_state_dict = checked
     for runner in (Runner, FlexibleRunner):
         runner.resume = _noticed(runner.resume)
 
 
-def _noticed(resume: Callable) -> Callable:
+def _noticed(resume: Callable[..., Any]) -> Callable[..., Any]:
     """The method, during which `_resuming` is true."""
     @functools.wraps(resume)
     def noticed(*args: Any, **kwargs: Any) -> Any:

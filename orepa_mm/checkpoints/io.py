@@ -7,7 +7,6 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, shortened
-from .forms import note, noted
+from .forms import module_notes, note, noted, with_module_notes
 
 #: How files of other kinds begin, and what they are.
 _OTHER_KINDS = (
@@ -181,12 +180,12 @@ def below(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
         modules, by which their code knows the names of older files, and the
         notes about the checkpoint.
     """
-    part = OrderedDict((key.removeprefix(prefix), value) for key, value in state_dict.items()
-                       if isinstance(value, Tensor) and key.startswith(prefix))
-    versions = getattr(state_dict, '_metadata', None) or {}
-    part._metadata = OrderedDict(
-        (f'{name}.'.removeprefix(prefix).rstrip('.'), value) for name, value in versions.items()
-        if not prefix or f'{name}.'.startswith(prefix))
+    part = with_module_notes(
+        {key.removeprefix(prefix): value for key, value in state_dict.items()
+         if isinstance(value, Tensor) and key.startswith(prefix)},
+        {f'{name}.'.removeprefix(prefix).rstrip('.'): value
+         for name, value in module_notes(state_dict).items()
+         if not prefix or f'{name}.'.startswith(prefix)})
     notes = {name: noted(state_dict, name) for name in ('form', 'source')}
     return note(part, **notes) if any(notes.values()) else part
 

@@ -78,7 +78,7 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
     else:
         checkpoint = load_checkpoint(source)
-    state = model_state_dict(checkpoint)
+    state: Mapping[str, Tensor] = model_state_dict(checkpoint)
     if prefix:
         prefix = prefix.rstrip('.') + '.'
         state = below(state, prefix)

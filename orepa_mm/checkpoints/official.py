@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, shortened
-from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
+from ..layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d, ReparamConv2d
 from .architectures import (
     Architecture,
     build_backbone,
@@ -26,7 +26,7 @@ from .architectures import (
     tensor_shape,
 )
 from .forms import training_form_of
-from .io import model_state_dict, require_values
+from .io import below, model_state_dict, require_values
 
 
 def convert_official_block(
@@ -52,9 +52,7 @@ def convert_official_block(
     inner = '' if isinstance(conv, nn.Conv2d) else 'conv.'
     state = _renamed(state_dict, block, lambda key: key.removeprefix(inner),
                      'the rest of the block')
-    conv, bn = ({key.removeprefix(prefix): value for key, value in state.items()
-                 if key.startswith(prefix)} for prefix in ('conv.', 'bn.'))
-    return conv, bn
+    return below(state, 'conv.'), below(state, 'bn.')
 
 
 def convert_official_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -127,12 +125,16 @@ def read_plain_classifier(checkpoint: Mapping[str, Any]
         The tensors are not copied.
 
     Raises:
-        CheckpointError: If a key is unknown or missing, a shape does not fit, or
-            a value is not finite; it is named.
+        CheckpointError: If it is no such network, a key is unknown or missing, a
+            shape does not fit, or a value is not finite; it is named.
         ImportError: As of `build_backbone`.
     """
     state = model_state_dict(checkpoint)
-    named = partial(key_in, plain_form_of(state))
+    form = plain_form_of(state)
+    if form is None:
+        raise CheckpointError('this is no plain ResNet or ResNeXt in the names of torchvision, '
+                              f'timm or OpenMMLab: it begins with {shortened(list(state))}')
+    named = partial(key_in, form)
     architecture = recognize_architecture(state)
     classifier = _classifier(architecture, plain=True)
     # as MMEngine: older files have no such counter, and it starts at 0
@@ -165,9 +167,9 @@ def _renamed(state: Mapping[str, Tensor], model: nn.Module, named: Callable[[str
         raise CheckpointError(f'the checkpoint has an unknown key {shortened(unknown)}')
     missing = []
     for layer, keys in groupby(tensors, lambda key: key.rpartition('.')[0]):
-        keys = list(keys)
-        absent = [key for key in keys if key not in state]
-        missing += [f'{layer}.*'] if layer and len(absent) == len(keys) > 1 else absent
+        parts = list(keys)
+        absent = [key for key in parts if key not in state]
+        missing += [f'{layer}.*'] if layer and len(absent) == len(parts) > 1 else absent
     if missing:
         raise CheckpointError(f'the checkpoint has no key {shortened(missing)}: it is truncated')
     shapes_only = all(value.is_meta for value in state.values())
@@ -186,20 +188,19 @@ def _renamed(state: Mapping[str, Tensor], model: nn.Module, named: Callable[[str
     return {key: state[source] for source, (key, _) in tensors.items()}
 
 
-def _empty_layer(block: Mapping[str, Tensor]) -> nn.Module:
+def _empty_layer(block: Mapping[str, Tensor]) -> ReparamConv2d | nn.Conv2d:
     """The layer of a block, without content, whose size is that of its main kernel."""
-    empty = {'bias': False, 'device': 'meta'}
     numbers = [int(m[1]) for key in block if (m := re.match(r'weight(\d+)\.', key))]
-    if numbers:
-        out, channels, *_ = tensor_shape(block, 'weight0.weight_orepa_origin')
-        return OREPAStemConv2d(channels, out, 2 * max(numbers) + 3, **empty)
-    if any(key.startswith('weight_or1x1_') for key in block):
-        out, channels, *_ = tensor_shape(block, 'weight_or1x1_origin')
-        return OREPAConv1x1(channels, out, **empty)
-    if 'conv.weight' in block:
-        out, channels, *_ = tensor_shape(block, 'conv.weight')
-        return nn.Conv2d(channels, out, 1, **empty)
-    out, group_in, size, _ = tensor_shape(block, 'weight_orepa_origin')
-    channels = tensor_shape(block, 'weight_orepa_gconv_dw')[0] // OREPAConv2d.expansion
-    return OREPAConv2d(channels, out, size, groups=channels // group_in, **empty)
-
+    with torch.device('meta'):
+        if numbers:
+            out, channels, *_ = tensor_shape(block, 'weight0.weight_orepa_origin')
+            return OREPAStemConv2d(channels, out, 2 * max(numbers) + 3, bias=False)
+        if any(key.startswith('weight_or1x1_') for key in block):
+            out, channels, *_ = tensor_shape(block, 'weight_or1x1_origin')
+            return OREPAConv1x1(channels, out, bias=False)
+        if 'conv.weight' in block:
+            out, channels, *_ = tensor_shape(block, 'conv.weight')
+            return nn.Conv2d(channels, out, 1, bias=False)
+        out, group_in, size, _ = tensor_shape(block, 'weight_orepa_origin')
+        channels = tensor_shape(block, 'weight_orepa_gconv_dw')[0] // OREPAConv2d.expansion
+        return OREPAConv2d(channels, out, size, groups=channels // group_in, bias=False)

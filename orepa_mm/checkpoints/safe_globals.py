@@ -37,7 +37,7 @@ def allow_runner_checkpoints() -> None:
     try:
         from numpy._core import multiarray
     except ImportError:  # NumPy before 1.26
-        from numpy.core import multiarray
+        from numpy.core import multiarray  # type: ignore[no-redef]  # the same, by its older name
     reconstruct, scalar = multiarray._reconstruct, multiarray.scalar
     torch.serialization.add_safe_globals([
         HistoryBuffer, np.ndarray, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,11 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """Find images and videos.
 
     Args:
-        inputs: Files; folders, whose images are taken, of subfolders as well,
-            but for hidden ones; patterns such as `data/*.jpg`. Of folders and
-            patterns only files with the suffix of an image or, of a pattern, of
-            a video are taken; a file that is named is taken whatever its suffix.
+        inputs: Files; folders, whose images are taken, of subfolders and linked
+            folders as well, but for hidden ones; patterns such as `data/*.jpg`.
+            Of folders and patterns only files with the suffix of an image or, of
+            a pattern, of a video are taken, links that lead nowhere among them;
+            a file that is named is taken whatever its suffix.
 
     Returns:
         Each file once, in the order of `inputs`, those of one folder or pattern sorted.
@@ -75,7 +77,7 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     Raises:
         FileNotFoundError: If one of them stands for no file.
     """
-    found: dict[Path, tuple[Path, str]] = {}
+    found: dict[str, tuple[Path, str]] = {}
     names: set[str] = set()
     for given in inputs:
         pairs = _files(Path(given).expanduser())
@@ -84,8 +86,8 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
             raise FileNotFoundError(f'there is {what} {given} (known are '
                                     f'{", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))})')
         for path, name in pairs:
-            if path.resolve() not in found:
-                found[path.resolve()] = path, _unused(name, names)
+            if (real := os.path.realpath(path)) not in found:
+                found[real] = path, _unused(name, names)
     if not found:
         raise FileNotFoundError('no images were given: name files, folders or patterns')
     return [Source(path, name, _count(path)) for path, name in found.values()]
@@ -105,6 +107,9 @@ def read_pictures(sources: Iterable[Source], skipped: list[str], flag: str = 'co
         Each image that can be read.
     """
     for source in sources:
+        if not source.path.exists():
+            skipped.append(f'{source.path}: it is not there, or a link that leads nowhere')
+            continue
         if source.is_video:
             yield from _frames(source, skipped)
             continue
@@ -122,15 +127,33 @@ def read_pictures(sources: Iterable[Source], skipped: list[str], flag: str = 'co
 def _files(path: Path) -> list[tuple[Path, str]]:
     """Files that a path or a pattern stands for, each with the name to give it."""
     if path.is_dir():
-        below = sorted(file.relative_to(path) for file in path.rglob('*') if file.is_file())
-        return [(path / file, file.with_suffix('').as_posix()) for file in below
-                if file.suffix.lower() in IMAGE_SUFFIXES
-                and not any(part.startswith('.') for part in file.parts)]
+        return [(path / file, file.with_suffix('').as_posix()) for file in _below(path)
+                if file.suffix.lower() in IMAGE_SUFFIXES and _is_file_or_link(path / file)]
     if path.is_file():
         return [(path, path.stem)]
     matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    return [(match, match.stem) for match in matches if match.is_file()
-            and match.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    return [(match, match.stem) for match in matches
+            if match.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+            and _is_file_or_link(match)]
+
+
+def _below(folder: Path) -> list[Path]:
+    """What is no folder in a folder, but for hidden ones; links may lead in a circle."""
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        found += [Path(place, name).relative_to(folder) for name in files
+                  if not name.startswith('.')]
+    return sorted(found)
+
+
+def _is_file_or_link(path: Path) -> bool:
+    """Whether it is a file, or a link that leads nowhere: that is told of, where it is read."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _unused(name: str, names: set[str]) -> str:
@@ -144,7 +167,7 @@ def _unused(name: str, names: set[str]) -> str:
 
 
 def _count(path: Path) -> int:
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
+    if path.suffix.lower() not in VIDEO_SUFFIXES or not path.exists():
         return 1
     return max(1, int(mmcv.VideoReader(str(path)).frame_cnt))
 

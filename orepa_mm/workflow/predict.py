@@ -72,8 +72,7 @@ def predict(model: nn.Module, inputs: Sequence[str | Path], out: str | Path, *,
     scope = cfg.get('default_scope')
     flag, backend = _how_to_read(cfg)
     sources = find_sources(inputs)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f'{out} exists already: nothing is overwritten')
+    _require_free(out)
     skipped: list[str] = []
     count = 0
     with (folder_written_whole(out, lambda name: True) as folder,
@@ -91,6 +90,7 @@ def predict(model: nn.Module, inputs: Sequence[str | Path], out: str | Path, *,
         if not count:
             raise OSError('none of the images can be read:\n' + '\n'.join(skipped))
         predictor.finish()
+        _require_free(out, but_for=folder)  # others may have come meanwhile
     return Predictions(out, count, tuple(skipped))
 
 
@@ -126,3 +126,9 @@ def _batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
         batch.append(picture)
     if batch:
         yield batch
+
+
+def _require_free(out: Path, but_for: Path | None = None) -> None:
+    if out.exists() and (not out.is_dir() or any(
+            path.resolve() != but_for for path in out.iterdir())):
+        raise FileExistsError(f'{out} exists already: nothing is overwritten')

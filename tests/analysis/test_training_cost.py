@@ -211,6 +211,14 @@ def test_config_step_convert_and_optimizer(monkeypatch, tmp_path):
         assert row['operations'] >= row['extra']['groups']
 
 
+def test_a_network_of_which_nothing_is_trained():
+    init_default_scope('mmpretrain')
+    cfg = Config(dict(model=dict(type='ImageClassifier', backbone=dict(
+        type='OREPAResNet', depth=18, base_channels=8, stem_channels=8, frozen_stages=4))))
+    with pytest.raises(ConfigError, match=r'^no output of the network depends on a weight'):
+        training_cost.measure_config_step(cfg, Settings((1, 3, 32, 32), rounds=1, warmup=0))
+
+
 def test_a_compiled_row_says_if_it_was_not(monkeypatch):
     def row(graphs):
         monkeypatch.setattr(training_cost, 'counters', {'aot_autograd': {'ok': graphs}})

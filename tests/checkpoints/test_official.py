@@ -12,6 +12,7 @@ from orepa_mm.checkpoints import (
     read_classifier,
     recognize_architecture,
 )
+from orepa_mm.checkpoints.official import read_plain_classifier
 from orepa_mm.errors import CheckpointError
 
 #: What the authors' files hold beside weights: buffers of the blocks that never change.
@@ -220,3 +221,9 @@ def test_plain_block():
     block['bn.bias'] = torch.zeros(5)
     with pytest.raises(CheckpointError, match=r'bn\.bias has the shape \(5,\), where .* \(6,\)'):
         convert_official_block(block)
+
+
+@pytest.mark.parametrize('key', ['encoder.weight', 'backbone.layer1.0.conv1.weight_orepa_origin'])
+def test_what_is_no_plain_classifier_is_named(key):
+    with pytest.raises(CheckpointError, match=f'no plain ResNet .*begins with {re.escape(key)}$'):
+        read_plain_classifier({key: torch.zeros(1)})

@@ -248,6 +248,18 @@ def test_what_cannot_be_exported_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('name', ['RetinaNet', 'FasterRCNN'])
+def test_images_alone_are_too_little_for_a_detector(tmp_path, name):
+    model, batch = build(name)
+    path = tmp_path / 'a.onnx'
+    for call in (lambda: export_onnx(model, batch['inputs'], path),
+                 lambda: compare_onnx(model, batch['inputs'], path),
+                 lambda: compare_onnx(model, [batch, batch['inputs']], path)):
+        with pytest.raises(OnnxExportError, match=f'{name} selects boxes.* data_samples'):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     require_onnx()
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -172,6 +173,47 @@ def test_the_whole_output_or_none(folder, tmp_path, job, kills):
     if found is None:  # the next run works
         finished(job, folder, out)
     assert equal(content(out), expected)
+
+
+def everything(folder, out):
+    """As `reparam`, with all that it can write."""
+    reparameterize_checkpoint(config(folder), folder / 'trained.pth', out / 'result',
+                              form='folded', onnx=True, end2end=True, num_images=1,
+                              int8=dict(calibration_images=2), latency_rounds=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(('job', 'kills'), [(convert, 60), (expand, 30), (reparam, 30),
+                                            (everything, 10)])
+def test_kills_at_any_moment(folder, tmp_path, job, kills):
+    """All into one place: what a killed run left may not stand in the way of the next."""
+    out, chance = tmp_path / 'run' / 'out', random.Random(0)
+    for _ in range(2):  # the first one waits for the server that forks
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        start = time.monotonic()
+        finished(job, folder, out)
+        seconds, names = time.monotonic() - start, entries(out)
+    shutil.rmtree(out)
+    out.mkdir()
+    cut = 0
+    for _ in range(kills):
+        process = started(job, folder, out)
+        time.sleep(chance.random() * seconds)
+        process.kill()
+        process.join()
+        cut += process.exitcode == -signal.SIGKILL
+        assert entries(out) in ([], names)
+    assert cut > kills // 2
+    finished(job, folder, out)
+    assert entries(out) == names
+    assert not list(out.rglob('.*'))
+
+
+def entries(out):
+    """All visible files below."""
+    return sorted(str(path.relative_to(out)) for path in out.rglob('*')
+                  if not any(part.startswith('.') for part in path.relative_to(out).parts))
 
 
 def test_two_into_one_folder(folder, tmp_path):

@@ -88,6 +88,7 @@ def require_learned(found, expected, steps):
 # --- the scripts ----------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_does(folder, steps):
     config, *more = options(folder, 'two', 2)
     code, output = script('dist_train', config, '2', *more, PORT=free_port())

@@ -180,6 +180,7 @@ def test_what_has_finished_is_not_run_again(executed):
     assert (orepa.folder / 'result.json').stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on(folder, tmp_path):
     runs = plan(folder, tmp_path, 'orepa:train_cfg.max_iters=4000')
     command = [sys.executable, '-m', 'orepa_mm.workflow.comparison_run', str(runs[0].folder)]

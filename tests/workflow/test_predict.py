@@ -1,6 +1,7 @@
 """Predictions on images of one's own: the files are compared with the model's own test step."""
 
 import json
+import os
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ from orepa_mm.datasets import make_shapes_cityscapes, make_shapes_coco, make_sha
 from orepa_mm.export import deploy_config, save_deployed
 from orepa_mm.files import sha256
 from orepa_mm.reparam import reparameterize
-from orepa_mm.workflow import predict
+from orepa_mm.workflow import predict, predictors
 from orepa_mm.workflow.evidence import built_model
 from orepa_mm.workflow.pictures import find_sources
 
@@ -112,6 +113,24 @@ def test_detector(folder_of, tmp_path):
     assert 12 < compared < 60  # the threshold leaves some out
     assert {path.stem for path in (tmp_path / 'out' / 'vis').iterdir()} == {
         f'{i:06d}' for i in range(1, 13)}
+
+
+def test_what_comes_meanwhile_is_not_overwritten(folder_of, tmp_path, monkeypatch):
+    folder = folder_of('detector')
+    model, out = load(folder / 'deployed'), tmp_path / 'out'
+    add = predictors.DetectionPredictor.add
+
+    def add_later(self, picture, sample):
+        out.mkdir(exist_ok=True)
+        (out / 'predictions.json').write_text('mine')
+        add(self, picture, sample)
+
+    monkeypatch.setattr(predictors.DetectionPredictor, 'add', add_later)
+    with pytest.raises(FileExistsError, match='nothing is overwritten'):
+        predict(model, [folder / IMAGES['detector']], out, draw=False)
+    assert [path.name for path in out.iterdir()] == ['predictions.json']
+    assert (out / 'predictions.json').read_text() == 'mine'
+    assert os.listdir(tmp_path) == ['out']
 
 
 def test_segmentor(folder_of, tmp_path):

@@ -24,6 +24,7 @@ from .graphs import (
     network_graphs,
     prepared,
     require_onnx,
+    require_samples,
     selecting_stages,
 )
 from .report import BoxComparison, GraphError, OnnxReport
@@ -51,12 +52,14 @@ def compare_onnx(model: nn.Module, batches: Tensor | Mapping[str, Any] | Sequenc
     Raises:
         ImportError: See `require_onnx`.
         FileNotFoundError: If there is no such file.
+        OnnxExportError: If a batch of a detector is images alone.
     """
     require_onnx()
     model = with_mask_probabilities(prepared(model))
     batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
     if not batches:
         return OnnxReport(())
+    require_samples(model, batches)
     graphs = network_graphs(model, batches[0])
     sessions = {name: Session(file) for name, file in graph_files(Path(path), graphs).items()}
     size = sessions['network'].size

@@ -92,8 +92,24 @@ def selecting_stages(model: nn.Module) -> int:
     return int(isinstance(model, SingleStageDetector))
 
 
+def require_samples(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) -> None:
+    """Refuse images without data samples where boxes are selected, in the size of an image.
+
+    Args:
+        model: Any.
+        batches: See `export_onnx`.
+
+    Raises:
+        OnnxExportError: If there are such, and the model is a detector that selects.
+    """
+    if selecting_stages(model) and any(inputs_and_samples(batch)[1] is None for batch in batches):
+        raise OnnxExportError(f'{type(model).__name__} selects boxes, for which images alone do '
+                              'not do: give what its data preprocessor returns, with data_samples')
+
+
 def network_graphs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[str, Callable]:
     """Functions of (model, inputs) that return outputs in a dictionary, by graph."""
+    require_samples(model, [batch])
     if inputs_and_samples(batch)[1] is None:
         return {'network': lambda model, inputs: {'output': model(inputs)}}
     stages = selecting_stages(model)
