@@ -101,7 +101,9 @@ def build(name):
     return reparameterize(model, fold_bn=name in FOLDED), batch
 
 
-@pytest.fixture(scope='module', params=CONFIGS)
+@pytest.fixture(scope='module', params=[
+    pytest.param(name, marks=pytest.mark.long if name == 'FasterRCNN' else ())  # Mask R-CNN has it
+    for name in CONFIGS])
 def exported(request, tmp_path_factory):
     model, batch = build(request.param)
     path = tmp_path_factory.mktemp('onnx') / 'model.onnx'

@@ -139,8 +139,9 @@ def test_sharded_parameters_are_refused():
         reparameterize(FullyShardedDataParallel())
 
 
-@pytest.mark.parametrize('inplace', [False, True])
-@pytest.mark.parametrize('how', ['wrapper', 'in place', 'method', 'inside', 'single layer'])
+@pytest.mark.parametrize(('how', 'inplace'), [
+    ('wrapper', False), ('wrapper', True), ('in place', True), ('method', False),
+    ('inside', False), ('single layer', True)])
 def test_after_torch_compile(how, inplace):
     """The code that was compiled belongs to the training form: none of it may run afterwards."""
     torch.compiler.reset()

@@ -88,7 +88,8 @@ def contents(folder):
     return {path.name: sha256(path) for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('task', [
+    'detector', pytest.param('segmentor', marks=pytest.mark.long), 'classifier'])
 def test_each_task(folder_of, task, tmp_path):
     folder = folder_of(task)
     *_, metric, files = TASKS[task]
