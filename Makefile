@@ -1,16 +1,18 @@
-# make setup | demo | test | lint | types | docs | bench | doctor | clean
+# make setup | demo | test | test-long | lint | types | docs | bench | doctor | clean
+# STACK=onedl: with the maintained forks, in an environment of its own.
 PYTHON ?= python3
-VENV   := .venv
+STACK  ?= official
+VENV   := $(if $(filter official,$(STACK)),.venv,.venv-$(STACK))
 BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
 BENCH  := work_dirs/bench
 CONFIG := faster-rcnn_orepa-r18-light_fpn_400i_coco.py
 MIM    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: setup demo test lint types docs bench doctor clean
+.PHONY: setup demo test test-long lint types docs bench doctor clean
 
 setup:
-	@$(PYTHON) requirements/install.py --venv $(VENV)
+	@$(PYTHON) requirements/install.py --stack $(STACK) --venv $(VENV)
 
 # Each step is left out where its result lies there already; training resumes.
 demo: setup
@@ -30,9 +32,20 @@ $(DEMO)/deployed/report.json: $(DEMO)/train/iter_400.pth
 $(DEMO)/report.html: $(DEMO)/deployed/report.json
 	$(MIM) run orepa_mm report $(DEMO)/train $(DEMO)/deployed --out $@
 
-# Two processes of one thread each: most of the time goes into starting tools.
+# Two processes of one thread each: most of the time goes into starting tools. All tests; with
+# the forks those of the method, of files and checkpoints, and from training to deployment.
+TESTS_onedl := tests/golden tests/layers tests/checkpoints tests/reparam tests/backbones \
+    tests/hostile/test_checkpoint_files.py tests/engine/test_training.py \
+    tests/engine/test_resume.py tests/engine/test_exact_resume.py \
+    tests/integration/test_train_to_deploy.py tests/integration/test_other_tasks.py \
+    tests/integration/test_stock_configs.py tests/test_imports.py tests/test_doctor.py \
+    tests/test_mmcv_ext.py tests/test_packaging.py
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS_$(STACK))
+
+# What takes minutes per test: many seeds, kills at any moment, compilers. An hour on two cores.
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 lint: types
 	$(BIN)/ruff check .

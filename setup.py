@@ -2,6 +2,7 @@
 
 import runpy
 import shutil
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -30,10 +31,15 @@ class BuildPy(build_py):
 
 
 class Develop(develop):
-    """Link what mim looks for into `orepa_mm/.mim` of the source tree."""
+    """Link the source tree into the environment, and what mim looks for into `orepa_mm/.mim`."""
 
     def run(self):
-        super().run()
+        if hasattr(develop, 'install_for_development'):
+            super().run()
+        else:  # since setuptools 80 it makes an install that no mim can follow
+            self.link()
+        # the forks' mim takes the first file in this list for the place of the package
+        (ROOT / 'orepa_mm.egg-info' / 'SOURCES.txt').unlink(missing_ok=True)
         folder = ROOT / 'orepa_mm' / '.mim'
         folder.mkdir(exist_ok=True)
         for name in MIM_CONTENT:
@@ -41,6 +47,15 @@ class Develop(develop):
             if link.is_symlink():
                 link.unlink()
             link.symlink_to(Path('..') / '..' / name)
+
+    def link(self):
+        """Leave the two files by which pip knows such an install, and can undo it."""
+        self.run_command('egg_info')
+        packages = Path(sysconfig.get_path('purelib'))
+        (packages / 'orepa-mm.egg-link').write_text(f'{ROOT}\n.')
+        paths = packages / 'easy-install.pth'
+        known = paths.read_text().splitlines() if paths.exists() else []
+        paths.write_text('\n'.join(dict.fromkeys([*known, str(ROOT)])) + '\n')
 
 
 setup(

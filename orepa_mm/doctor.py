@@ -8,20 +8,24 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 _OFFICIAL = {'mmengine': 'mmengine', 'mmcv': 'mmcv', 'mmdet': 'mmdet',
              'mmsegmentation': 'mmseg', 'mmpretrain': 'mmpretrain'}
 _FORKS = {'onedl-mmengine': 'mmengine', 'onedl-mmcv': 'mmcv', 'onedl-mmdetection': 'mmdet',
           'onedl-mmsegmentation': 'mmseg', 'onedl-mmpretrain': 'mmpretrain'}
-_MMCV = 'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir mmcv==2.1.0'
-_REBUILD = f'build it for the torch at hand: delete .venv and run `make setup`, or `{_MMCV}`'
-_INSTALL = {'mmengine': 'pip install mmengine==0.10.7', 'mmcv': _MMCV,
-            'mmdet': 'pip install mmdet==3.3.0',
-            'mmseg': 'pip install mmsegmentation==1.2.2 ftfy regex',
-            'mmpretrain': 'pip install mmpretrain==1.2.0'}
+#: How to install each module, official or fork.
+_INSTALL = {
+    'mmengine': ('pip install mmengine==0.10.7', 'pip install onedl-mmengine==0.10.12'),
+    'mmcv': ('MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir mmcv==2.1.0',
+             'pip install --no-build-isolation --no-cache-dir onedl-mmcv==2.3.6'),
+    'mmdet': ('pip install mmdet==3.3.0', 'pip install onedl-mmdetection==3.5.1'),
+    'mmseg': ('pip install mmsegmentation==1.2.2 ftfy regex',
+              'pip install onedl-mmsegmentation==1.4.2'),
+    'mmpretrain': ('pip install mmpretrain==1.2.0', 'pip install onedl-mmpretrain==1.3.6')}
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,13 @@ def diagnose() -> Iterator[Finding]:
     yield from _setuptools()
     yield from _stacks()
     yield _mmcv_operators()
-    for distribution, module, needed_for in (('mmdet', 'mmdet', 'detectors'),
-                                             ('mmsegmentation', 'mmseg', 'segmentors'),
-                                             ('mmpretrain', 'mmpretrain', 'classifiers')):
-        yield _toolbox(distribution, module, needed_for)
+    for module, needed_for in (('mmdet', 'detectors'), ('mmseg', 'segmentors'),
+                               ('mmpretrain', 'classifiers')):
+        yield _toolbox(module, needed_for)
     yield _optional('ONNX', ('onnx', 'onnxscript', 'onnxruntime'), '--onnx')
     yield _optional('safetensors', ('safetensors',), '--safetensors')
     yield _registered()
+    yield _mim()
 
 
 def _python() -> Finding:
@@ -94,7 +98,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding('torch', version or problem, 'run `make setup`, or install torch 2.12.1 '
                       'and torchvision 0.27.1 together')
         return
-    yield Finding('torch', version)
+    yield Finding('torch', version or 'of unknown version')
     version, problem = version_of('torchvision'), import_problem('torchvision')
     if 'torchvision::nms' in problem:
         yield Finding('torchvision', f'{version} was built for another torch '
@@ -104,30 +108,51 @@ def _torch() -> Iterator[Finding]:
         yield Finding('torchvision', version or problem,
                       'pip install torchvision==0.27.1 (mmpretrain and mmdet need it)')
     else:
-        yield Finding('torchvision', version)
+        yield Finding('torchvision', version or 'of unknown version')
 
 
 def _setuptools() -> Iterator[Finding]:
     version = version_of('setuptools')
     if version is None or int(version.partition('.')[0]) >= 82:
-        yield Finding('setuptools', version or 'not installed', 'pip install setuptools==79.0.1: '
-                      'mim and `mmdet::` configs need pkg_resources, which 82 dropped')
+        fitting = '81.0.0' if _with_forks() else '79.0.1'
+        yield Finding('setuptools', version or 'not installed', f'pip install setuptools=={fitting}'
+                      ': mim and `mmdet::` configs need pkg_resources, which 82 dropped')
     else:
         yield Finding('setuptools', version)
 
 
+def _installed(names: Iterable[str]) -> list[str]:
+    return [name for name in names if version_of(name)]
+
+
+def _with_forks() -> bool:
+    """Whether the packages at hand are the maintained forks."""
+    return bool(_installed(_FORKS)) and not _installed(_OFFICIAL)
+
+
+def _setup() -> str:
+    return 'make setup STACK=onedl' if _with_forks() else 'make setup'
+
+
+def _reinstall(module: str) -> str:
+    """What installs a module."""
+    return f'run `{_setup()}`, or `{_INSTALL[module][_with_forks()]}`'
+
+
+def _rebuild() -> str:
+    """What compiles mmcv's operators."""
+    return f'build it for the torch at hand: delete the environment and {_reinstall("mmcv")}'
+
+
 def _stacks() -> Iterator[Finding]:
-    official = [name for name in _OFFICIAL if version_of(name)]
-    forks = [name for name in _FORKS if version_of(name)]
+    official, forks = _installed(_OFFICIAL), _installed(_FORKS)
     if official and forks:
         yield Finding('OpenMMLab', f'both {", ".join(official)} and {", ".join(forks)}',
                       'uninstall one of the two sets: they share their import names and '
                       'overwrite each other')
     for module in ('mmengine', 'mmcv'):
-        names = [name for name, target in {**_OFFICIAL, **_FORKS}.items() if target == module]
-        version = next((v for name in names if (v := version_of(name))), None)
-        problem = import_problem(module)
-        remedy = f'run `make setup`, or `{_INSTALL[module]}`' if problem else ''
+        version, problem = _version_of_module(module), import_problem(module)
+        remedy = _reinstall(module) if problem else ''
         if module == 'mmcv' and version_of('mmcv-lite'):
             version = f'{version_of("mmcv-lite")}, lite'
             if version_of('mmcv'):
@@ -141,14 +166,14 @@ def _mmcv_operators() -> Finding:
     problem = import_problem('mmcv.ops')
     if not problem and (operators := _torchvision_operators()):
         return Finding('mmcv operators', f'of torchvision: {", ".join(operators)}; all others are '
-                       'missing (make setup MMCV=full compiles them)')
+                       f'missing ({_setup()} MMCV=full compiles them)')
     if not problem:
         return Finding('mmcv operators', 'compiled and loading')
     if 'mmcv._ext' in problem and 'No module' in problem:
-        return Finding('mmcv operators', 'mmcv was installed without its operators', _REBUILD)
+        return Finding('mmcv operators', 'mmcv was installed without its operators', _rebuild())
     if 'undefined symbol' in problem or 'libtorch' in problem or 'libc10' in problem:
-        return Finding('mmcv operators', f'mmcv was built for another torch ({problem})', _REBUILD)
-    return Finding('mmcv operators', problem, _REBUILD)
+        problem = f'mmcv was built for another torch ({problem})'
+    return Finding('mmcv operators', problem, _rebuild())
 
 
 def _torchvision_operators() -> tuple[str, ...] | None:
@@ -158,16 +183,23 @@ def _torchvision_operators() -> tuple[str, ...] | None:
     return getattr(sys.modules['mmcv._ext'], 'OPERATORS', None)
 
 
-def _toolbox(distribution: str, module: str, needed_for: str) -> Finding:
-    version = version_of(distribution) or version_of(
-        {'mmdet': 'onedl-mmdetection'}.get(distribution, f'onedl-{distribution}'))
+def _version_of_module(module: str) -> str | None:
+    """Version of a module of OpenMMLab; of a fork, with its name."""
+    for name, target in {**_OFFICIAL, **_FORKS}.items():
+        if target == module and (version := version_of(name)):
+            return f'{version} ({name})' if name in _FORKS else version
+    return None
+
+
+def _toolbox(module: str, needed_for: str) -> Finding:
+    version = _version_of_module(module)
     if version is None:
-        return Finding(module, 'not installed', f'run `make setup`, or `{_INSTALL[module]}` '
-                       f'(for {needed_for})', required=False)
+        return Finding(module, 'not installed', f'{_reinstall(module)} (for {needed_for})',
+                       required=False)
     problem = import_problem(f'{module}.models')
-    return Finding(module, problem or version, problem and f'{needed_for} cannot be built: '
-                   'run `make setup`, or reinstall it with the versions in '
-                   'requirements/constraints.txt')
+    pins = 'constraints-onedl.txt' if _with_forks() else 'constraints.txt'
+    return Finding(module, problem or version, problem and f'{needed_for} cannot be built: run '
+                   f'`{_setup()}`, or reinstall it with the versions in requirements/{pins}')
 
 
 def _optional(name: str, distributions: tuple[str, ...], option: str) -> Finding:
@@ -189,6 +221,25 @@ def _registered() -> Finding:
         return Finding('orepa_mm', f'{version}, backbones registered for {", ".join(loaded)}')
     return Finding('orepa_mm', problem or f'{version}, but none of mmdet, mmseg and mmpretrain '
                    'loads: there is nothing to register backbones for', 'solve the problems above')
+
+
+def _mim() -> Finding:
+    """mim looks for configs and tools in the folder that it takes for the package's."""
+    name = 'onedl-mim' if _with_forks() else 'openmim'
+    version = version_of(name)
+    if version is None or import_problem('mim.utils'):
+        return Finding('mim', 'not installed', f'pip install {name} (for `mim train orepa_mm`; the '
+                       'tools run without it)', required=False)
+    try:
+        folder = Path(sys.modules['mim.utils'].get_installed_path('orepa_mm'))
+    except Exception as error:  # whatever it raises of a package that it does not know
+        folder, problem = None, f'{version} does not find orepa_mm ({type(error).__name__})'
+    else:
+        problem = f'{version} looks for orepa_mm in {folder}, where no configs are'
+    if folder and (folder / '.mim' / 'configs').is_dir():
+        return Finding('mim', f'{version}, finds orepa_mm')
+    return Finding('mim', problem, 'mim follows an install by `'
+                   f'{_setup()}`; without it run the scripts of tools/ themselves', required=False)
 
 
 def main() -> int:

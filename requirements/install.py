@@ -7,7 +7,11 @@ source only; its wheel is compiled once and kept in a cache outside the project,
 keyed by everything that its binary depends on. Where nothing can compile it, or
 with MMCV=lite, its operators come from torchvision, see mmcv_ext.py.
 
-Usage: [MMCV=full|lite] python requirements/install.py [--venv .venv] [--cache DIR]
+There are two stacks, OpenMMLab's own packages and the maintained forks of them.
+They share their import names, so each has an environment of its own.
+
+Usage: [MMCV=full|lite] python requirements/install.py [--stack onedl] [--venv .venv]
+       [--cache DIR]
 """
 
 import argparse
@@ -23,21 +27,16 @@ import tarfile
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / 'requirements' / 'constraints.txt'
 OPERATORS = ROOT / 'requirements' / 'mmcv_ext.py'
 DEFAULT_CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'orepa_mm'
 
 PYTHONS = ('3.10', '3.11', '3.12')
 # pip 25.3 dropped the legacy editable install, the only one that mim can follow.
 PIP = 'pip>=23,<25.3'
-MMCV = '2.1.0'
-TORCH = ['torch==2.12.1', 'torchvision==0.27.1', 'setuptools==79.0.1',
-         'wheel', 'ninja', 'psutil', 'packaging']
-OPENMMLAB = ['mmengine==0.10.7', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0',
-             'ftfy', 'regex', 'openmim==0.3.9', 'openxlab==0.0.11']
 DEPLOYMENT = ['onnx', 'onnxscript', 'onnxruntime', 'safetensors']  # of the constraint file
 DEVELOPMENT = ['pytest==9.0.3', 'pytest-xdist==3.8.0', 'ruff==0.14.5', 'mypy==2.4.1',
                'timm==1.0.31', 'tensorboard==2.21.0',
@@ -45,6 +44,51 @@ DEVELOPMENT = ['pytest==9.0.3', 'pytest-xdist==3.8.0', 'ruff==0.14.5', 'mypy==2.
                # the site of `make docs`; mkdocstrings for Python 3.10 needs this pymdown-extensions
                'mkdocs==1.6.1', 'mkdocs-material==9.7.1', 'mkdocstrings==1.0.0',
                'mkdocstrings-python==2.0.1', 'pymdown-extensions==10.19']
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What differs between OpenMMLab's own packages and the maintained forks.
+
+    Attributes:
+        constraints: Versions that were seen to work together.
+        setuptools: Version.
+        packages: All but mmcv.
+        mmcv: Distribution that has mmcv's operators, compiled from its source.
+        lite: What pip is given for mmcv's Python files alone.
+    """
+
+    constraints: Path
+    setuptools: str
+    packages: list[str]
+    mmcv: str
+    lite: list[str]
+
+    @property
+    def torch(self) -> list[str]:
+        """What is there before the packages are."""
+        return ['torch==2.12.1', 'torchvision==0.27.1', f'setuptools=={self.setuptools}',
+                'wheel', 'ninja', 'psutil', 'packaging']
+
+    @property
+    def mmcv_names(self) -> list[str]:
+        """Distributions of the module mmcv."""
+        return list(dict.fromkeys(requirement.partition('==')[0]
+                                  for requirement in (self.mmcv, self.lite[-1])))
+
+
+STACKS = {
+    'official': Stack(
+        ROOT / 'requirements' / 'constraints.txt', '79.0.1',
+        ['mmengine==0.10.7', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0', 'ftfy',
+         'regex', 'openmim==0.3.9', 'openxlab==0.0.11'], 'mmcv==2.1.0', ['mmcv-lite==2.1.0']),
+    'onedl': Stack(
+        ROOT / 'requirements' / 'constraints-onedl.txt', '81.0.0',
+        ['onedl-mmengine==0.10.12', 'onedl-mmdetection==3.5.1', 'onedl-mmsegmentation==1.4.2',
+         'onedl-mmpretrain==1.3.6', 'onedl-mim==0.5.1', 'openxlab==0.0.11'], 'onedl-mmcv==2.3.6',
+        # there is no -lite: its set-up leaves the operators out where it sees no torch, as in
+        # the environment that pip builds it in; a wheel that pip kept may be a compiled one
+        ['--no-cache-dir', 'onedl-mmcv==2.3.6'])}
 
 
 class SetupError(RuntimeError):
@@ -99,8 +143,9 @@ def locked(path: Path):
 class Environment:
     """A virtual environment whose finished steps are remembered in a stamp file."""
 
-    def __init__(self, path: Path, cache: Path) -> None:
+    def __init__(self, path: Path, cache: Path, stack: str = 'official') -> None:
         self.path, self.cache = path, cache
+        self.stack_name, self.stack = stack, STACKS[stack]
         self.python = path / 'bin' / 'python'
         self.stamp_file = path / 'setup.json'
 
@@ -109,12 +154,16 @@ class Environment:
         python = find_python()
         identity = f'{self.path.resolve()} {version_of(python)}'
         if self._stamps().get('environment') == identity and version_of(str(self.python)):
+            if (there := self._stamps().get('stack', 'official')) != self.stack_name:
+                raise SetupError(f'{self.path} holds the packages of the stack {there}, which have '
+                                 f'the same import names as those of {self.stack_name}: give '
+                                 'another folder with --venv, or remove this one.')
             return
         say(f'    creating {self.path} with Python {version_of(python)}')
         if self.path.exists() and not (self.path / 'pyvenv.cfg').exists():
             raise SetupError(f'{self.path} exists and is no virtual environment: move it away.')
         run([python, '-m', 'venv', '--clear', self.path])
-        self._write_stamps({'environment': identity})
+        self._write_stamps({'environment': identity, 'stack': self.stack_name})
 
     def step(self, name: str, key: list, action) -> None:
         """Run `action` unless it was already done with the same `key`."""
@@ -166,7 +215,7 @@ def mmcv_kind(env: Environment) -> str:
         raise SetupError(f'MMCV={asked} is neither full nor lite.')
     if asked is None:
         folder, cuda = wheel_folder(env)
-        missing = [] if list(folder.glob('mmcv-*.whl')) else missing_for_mmcv(env, cuda)
+        missing = [] if list(folder.glob('*.whl')) else missing_for_mmcv(env, cuda)
         asked = 'lite' if missing else 'full'
         if missing:
             say(f'    mmcv cannot be compiled here, there is no {" and no ".join(missing)}: its '
@@ -187,10 +236,10 @@ def missing_for_mmcv(env: Environment, cuda: bool) -> list[str]:
 
 def install_mmcv(env: Environment, kind: str) -> None:
     """Install mmcv in place of whichever there is: both kinds have the same files."""
-    wheel = mmcv_wheel(env) if kind == 'full' else f'mmcv-lite=={MMCV}'
-    run([env.python, '-m', 'pip', '--disable-pip-version-check', 'uninstall', '-qy', 'mmcv',
-         'mmcv-lite'], stderr=subprocess.DEVNULL)  # it warns of the one that is not there
-    env.pip_install('-q', '--no-deps', wheel)
+    wheel = [mmcv_wheel(env)] if kind == 'full' else env.stack.lite
+    run([env.python, '-m', 'pip', '--disable-pip-version-check', 'uninstall', '-qy',
+         *env.stack.mmcv_names], stderr=subprocess.DEVNULL)  # it warns of what is not there
+    env.pip_install('-q', '--no-deps', *wheel)
     if kind == 'lite':
         packages = env.ask('import sysconfig; print(sysconfig.get_path("purelib"))')
         shutil.copyfile(OPERATORS, Path(packages) / 'mmcv' / '_ext.py')
@@ -202,7 +251,7 @@ def wheel_folder(env: Environment) -> tuple[Path, bool]:
                     'print(f"cp{sys.version_info[0]}{sys.version_info[1]}", torch.__version__, '
                     'platform.machine(), torch.cuda.is_available())').split()
     cuda = facts.pop() == 'True' or os.environ.get('FORCE_CUDA', '0') == '1'
-    key = '-'.join([f'mmcv{MMCV}', *facts, 'cuda' if cuda else 'cpu'])
+    key = '-'.join([env.stack.mmcv.replace('==', ''), *facts, 'cuda' if cuda else 'cpu'])
     return env.cache / 'wheels' / key, cuda
 
 
@@ -210,29 +259,30 @@ def mmcv_wheel(env: Environment) -> Path:
     """The compiled mmcv wheel for this environment, from the cache or built into it."""
     folder, cuda = wheel_folder(env)
     with locked(folder.with_name(f'{folder.name}.lock')):
-        if not list(folder.glob('mmcv-*.whl')):
+        if not list(folder.glob('*.whl')):
             build_mmcv(env, folder, cuda)
-        wheel = next(folder.glob('mmcv-*.whl'))
+        wheel = next(folder.glob('*.whl'))
     say(f'    wheel: {wheel}')
     return wheel
 
 
 def build_mmcv(env: Environment, folder: Path, cuda: bool) -> None:
     """Compile mmcv with its operators; an interrupted build goes on where it was."""
-    say(f'    compiling mmcv {MMCV} ({"CUDA" if cuda else "CPU"} operators), once for this torch: '
-        '7 to 13 minutes on 2 cores')
+    say(f'    compiling {env.stack.mmcv} ({"CUDA" if cuda else "CPU"} operators), once for this '
+        'torch: 7 to 13 minutes on 2 cores')
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / 'source' / f'mmcv-{MMCV}'
+    name = env.stack.mmcv.replace('-', '_').replace('==', '-')
+    source = folder / 'source' / name
     pip = [env.python, '-m', 'pip', '--disable-pip-version-check']
     if not source.exists():
         run([*pip, 'download', '--no-binary', ':all:', '--no-deps', '--no-build-isolation',
-             '--no-cache-dir', '-q', '-d', folder / 'source', f'mmcv=={MMCV}'])
+             '--no-cache-dir', '-q', '-d', folder / 'source', env.stack.mmcv])
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            with tarfile.open(folder / 'source' / f'mmcv-{MMCV}.tar.gz') as archive:
+            with tarfile.open(folder / 'source' / f'{name}.tar.gz') as archive:
                 # early patch releases of Python 3.10 and 3.11 know no filters
                 safe = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
                 archive.extractall(temporary, **safe)
-            (Path(temporary) / f'mmcv-{MMCV}').rename(source)
+            (Path(temporary) / name).rename(source)
     environment = dict(os.environ, MMCV_WITH_OPS='1', FORCE_CUDA='1' if cuda else '0',
                        MAX_JOBS=os.environ.get('MAX_JOBS', str(os.cpu_count() or 2)),
                        # setup.py calls the ninja that lies beside the environment's Python
@@ -253,41 +303,46 @@ def build_mmcv(env: Environment, folder: Path, cuda: bool) -> None:
         raise SetupError(f'mmcv did not compile. The end of {log_file}:\n{tail}\n'
                          "Are a C++17 compiler and Python's headers installed? "
                          '(Debian: apt-get install g++ python3-dev)')
-    wheel = next(built.glob('mmcv-*.whl'))
+    wheel = next(built.glob('*.whl'))
     wheel.rename(folder / wheel.name)
     for leftover in (built, folder / 'source'):
         shutil.rmtree(leftover)
 
 
 def set_up(env: Environment) -> None:
-    constraints = ['-c', CONSTRAINTS]
-    pins = CONSTRAINTS.read_text()
+    stack, constraints = env.stack, ['-c', env.stack.constraints]
+    pins = stack.constraints.read_text()
     say(f'Setting up {env.path} (cache: {env.cache})')
     env.create()
     env.step('pip', [PIP], lambda: env.pip_install('-q', PIP))
-    env.step('torch', [TORCH, pins], lambda: env.pip_install(*constraints, *TORCH))
-    env.step('OpenMMLab', [OPENMMLAB, pins], lambda: env.pip_install(*constraints, *OPENMMLAB))
-    kind = mmcv_kind(env)
-    key = ([MMCV, TORCH, os.environ.get('FORCE_CUDA', '0')] if kind == 'full' else
-           [MMCV, kind, OPERATORS.read_text()])
+    env.step('torch', [stack.torch, pins], lambda: env.pip_install(*constraints, *stack.torch))
+    env.step('OpenMMLab', [stack.packages, pins],
+             lambda: env.pip_install(*constraints, *stack.packages))
+    kind, version = mmcv_kind(env), stack.mmcv.partition('==')[2]
+    key = ([version, stack.torch, os.environ.get('FORCE_CUDA', '0')] if kind == 'full' else
+           [version, kind, OPERATORS.read_text()])
     env.step('mmcv', key, lambda: install_mmcv(env, kind))
     env.step('ONNX and safetensors', [DEPLOYMENT, pins],
              lambda: env.pip_install('-q', *constraints, *DEPLOYMENT))
     env.step('test tools', [DEVELOPMENT], lambda: env.pip_install('-q', *constraints, *DEVELOPMENT))
     env.step('orepa_mm', [(ROOT / 'setup.py').read_text()], lambda: env.pip_install(
         '-q', '--no-use-pep517', '--no-build-isolation', '--no-deps', '-e', ROOT))
-    env.step('check', [pins, kind, OPENMMLAB, DEPLOYMENT, DEVELOPMENT],
+    env.step('check', [pins, kind, stack.packages, DEPLOYMENT, DEVELOPMENT],
              lambda: run([env.python, '-m', 'orepa_mm.doctor']))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description='Set up the virtual environment of orepa_mm.')
-    parser.add_argument('--venv', type=Path, default=ROOT / '.venv', help='where to build it')
+    parser.add_argument('--stack', choices=list(STACKS), default='official',
+                        help="OpenMMLab's own packages (default) or the maintained forks")
+    parser.add_argument('--venv', type=Path,
+                        help='where to build it (default: .venv, and .venv-onedl for the forks)')
     parser.add_argument('--cache', type=Path, default=DEFAULT_CACHE,
                         help='where the compiled mmcv wheel is kept')
     args = parser.parse_args()
     try:
-        set_up(Environment(args.venv, args.cache))
+        name = '.venv' if args.stack == 'official' else f'.venv-{args.stack}'
+        set_up(Environment(args.venv or ROOT / name, args.cache, args.stack))
     except SetupError as error:
         print(f'\nset-up stopped: {error}\nWhat was done is kept: call the same command again '
               'to go on.', file=sys.stderr)

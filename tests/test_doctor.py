@@ -27,8 +27,8 @@ def test_this_environment_is_healthy(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(('versions', 'imports', 'name', 'text'), [
-    ({'setuptools': '82.0.0'}, {}, 'setuptools', 'setuptools==79.0.1'),
-    ({'onedl-mmcv': '2.3.6'}, {}, 'OpenMMLab', 'uninstall one'),
+    ({'setuptools': '82.0.0'}, {}, 'setuptools', 'which 82 dropped'),
+    ({'onedl-mmcv': '2.3.6', 'mmengine': '0.10.7'}, {}, 'OpenMMLab', 'uninstall one'),
     ({}, {'mmcv.ops': "ModuleNotFoundError: No module named 'mmcv._ext'"}, 'mmcv operators',
      'without its operators'),
     ({}, {'mmcv.ops': 'ImportError: _ext.so: undefined symbol: _ZN3c10'}, 'mmcv operators',
@@ -63,7 +63,37 @@ def test_the_operators_of_torchvision_will_do(monkeypatch, capsys):
     ('mmsegmentation', 'onedl-mmsegmentation', 'mmseg')])
 def test_one_package_is_enough(monkeypatch, distribution, fork, module):
     found = problems(monkeypatch, {distribution: None, fork: None})
-    assert f'pip install {distribution}' in found[module]
+    assert f'pip install {fork if doctor._with_forks() else distribution}' in found[module]
+    assert doctor.main() == 0
+
+
+def test_the_forks_are_named_with_what_installs_them(monkeypatch, capsys):
+    versions = dict.fromkeys(doctor._OFFICIAL) | dict.fromkeys(doctor._FORKS, '9.8')
+    found = problems(monkeypatch, versions | {'onedl-mmpretrain': None, 'setuptools': '82.0'}, {
+        'mmdet.models': 'ImportError', 'mmengine': 'ImportError',
+        'mmcv.ops': "ModuleNotFoundError: No module named 'mmcv._ext'"})
+    assert 'pip install onedl-mmpretrain==' in found['mmpretrain']
+    assert 'pip install onedl-mmengine==' in found['mmengine']
+    assert '--no-build-isolation --no-cache-dir onedl-mmcv==' in found['mmcv operators']
+    assert 'constraints-onedl.txt' in found['mmdet']
+    assert 'setuptools==81.0.0' in found['setuptools']
+    for name in ('mmpretrain', 'mmengine', 'mmcv operators', 'mmdet'):
+        assert 'make setup STACK=onedl' in found[name]
+    doctor.main()
+    assert '9.8 (onedl-mmsegmentation)' in capsys.readouterr().out
+
+
+def test_an_install_that_mim_does_not_follow(monkeypatch, tmp_path):
+    pytest.importorskip('mim.utils')
+    monkeypatch.setattr('mim.utils.get_installed_path', lambda _: str(tmp_path / 'elsewhere'))
+    assert 'elsewhere, where no configs are -> ' in problems(monkeypatch)['mim']
+    monkeypatch.setattr('mim.utils.get_installed_path', lambda _: {}['orepa_mm'])
+    assert 'does not find orepa_mm (KeyError)' in problems(monkeypatch)['mim']
+    assert doctor.main() == 0
+
+
+def test_mim_may_be_missing(monkeypatch):
+    assert 'pip install o' in problems(monkeypatch, {'openmim': None, 'onedl-mim': None})['mim']
     assert doctor.main() == 0
 
 

@@ -18,7 +18,7 @@ def source(tmp_path_factory):
     """A copy: a build writes into its source folder."""
     source = tmp_path_factory.mktemp('build') / 'source'
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
-        '.git', '.venv', 'work_dirs', 'build', '*.egg-info', '.mim', '__pycache__'))
+        '.git', '.venv*', 'work_dirs', 'build', '*.egg-info', '.mim', '__pycache__'))
     return source
 
 
@@ -54,7 +54,7 @@ def test_source_distribution_holds_the_golden_numbers(source, tmp_path):
 
 
 def test_mim_searches_the_configs():
-    mim = shutil.which('mim') or str(ROOT / '.venv' / 'bin' / 'mim')
+    mim = Path(sys.executable).with_name('mim')
     result = subprocess.run([mim, 'search', 'orepa_mm', '--model',
                              'orepa faster r-cnn'],
                             capture_output=True, text=True)

@@ -8,20 +8,39 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, Registry
 
+_FORKS = {'mmdet': 'onedl-mmdetection', 'mmseg': 'onedl-mmsegmentation',
+          'mmpretrain': 'onedl-mmpretrain'}
+
+
+def know_forks() -> None:
+    """Tell MMEngine what the maintained forks are called, where its own is installed.
+
+    It finds `_base_ = 'mmseg::...'` by the name of the distribution, and knows
+    those of the official packages only. A second call changes nothing.
+    """
+    try:
+        metadata.version('onedl-mmengine')
+    except metadata.PackageNotFoundError:
+        return
+    MODULE2PACKAGE.update(_FORKS)
+
+
+know_forks()
 #: Package: (what to install, our module for it, the backbones there).
 PACKAGES = {
-    'mmdet': ('mmdet', 'det', ('OREPAResNet', 'OREPAResNeXt', 'DBBResNet')),
-    'mmseg': ('mmsegmentation', 'seg', ('OREPAResNet', 'OREPAResNetV1c', 'OREPAResNeXt',
-                                        'DBBResNet', 'DBBResNetV1c')),
-    'mmpretrain': ('mmpretrain', 'cls', ('OREPAResNet', 'OREPAResNet_CIFAR', 'OREPAResNetV1c',
-                                         'OREPAResNeXt', 'DBBResNet', 'DBBResNet_CIFAR',
-                                         'OREPARepVGG')),
+    'mmdet': (MODULE2PACKAGE['mmdet'], 'det', ('OREPAResNet', 'OREPAResNeXt', 'DBBResNet')),
+    'mmseg': (MODULE2PACKAGE['mmseg'], 'seg', ('OREPAResNet', 'OREPAResNetV1c', 'OREPAResNeXt',
+                                               'DBBResNet', 'DBBResNetV1c')),
+    'mmpretrain': (MODULE2PACKAGE['mmpretrain'], 'cls', (
+        'OREPAResNet', 'OREPAResNet_CIFAR', 'OREPAResNetV1c', 'OREPAResNeXt', 'DBBResNet',
+        'DBBResNet_CIFAR', 'OREPARepVGG')),
 }
 #: The backbone that the configs of all packages find without a scope, and its home.
 _EVERYWHERE = ('OREPARepVGG', 'mmpretrain')

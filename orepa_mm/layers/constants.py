@@ -32,7 +32,8 @@ class WithConstants(nn.Module):
         return {}
 
     def _register_constants(self) -> None:
-        device = self._factory_kwargs['device'] or torch.get_default_device()
+        # before PyTorch 2.7 torch.get_default_device() does not know of `with torch.device(...)`
+        device = self._factory_kwargs['device'] or torch.empty(0).device
         for name, constant in self._make_constants().items():
             self.register_buffer(name, constant.to(device), persistent=False)
 

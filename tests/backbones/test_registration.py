@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from importlib import metadata
+from importlib.metadata import packages_distributions
 
 import pytest
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, DefaultScope
 
 import orepa_mm  # noqa: F401
+from orepa_mm.backbones import registration
 from orepa_mm.backbones.registration import PACKAGES, resolved
 
 NARROW = dict(depth=18, base_channels=8)
@@ -62,24 +66,27 @@ def error(scope, **cfg):
         return str(failure)
     return ''
 '''
+INSTALL = {module: packages_distributions()[module][0] for module in PACKAGES}
 CHECKS = {
-    'mmdet': '''
+    'mmdet': f'''
 assert MODELS.build(dict(type='mmdet.OREPAResNet', depth=18, base_channels=8))
-for name, package in (('mmseg.OREPAResNetV1c', 'mmsegmentation'),
-                      ('mmpretrain.OREPAResNet', 'mmpretrain'),
-                      ('OREPARepVGG', 'mmpretrain'), ('OREPAResNetV1c', 'mmsegmentation')):
+for name, package in (('mmseg.OREPAResNetV1c', '{INSTALL['mmseg']}'),
+                      ('mmpretrain.OREPAResNet', '{INSTALL['mmpretrain']}'),
+                      ('OREPARepVGG', '{INSTALL['mmpretrain']}'),
+                      ('OREPAResNetV1c', '{INSTALL['mmseg']}')):
     message = error('mmdet', type=name)
     assert 'pip install ' + package in message, (name, message)
 ''',
-    'mmseg': '''
+    'mmseg': f'''
 assert MODELS.build(dict(type='mmseg.OREPAResNetV1c', depth=18, base_channels=8))
-assert 'pip install mmdet' in error('mmseg', type='mmdet.OREPAResNet')
-assert 'pip install mmpretrain' in error('mmseg', type='OREPARepVGG')
+assert 'pip install {INSTALL['mmdet']}' in error('mmseg', type='mmdet.OREPAResNet')
+assert 'pip install {INSTALL['mmpretrain']}' in error('mmseg', type='OREPARepVGG')
 ''',
-    'mmpretrain': '''
+    'mmpretrain': f'''
 assert MODELS.build(dict(type='mmpretrain.OREPAResNet', depth=18, base_channels=8))
 assert MODELS.build(dict(type='OREPARepVGG', arch='A0', base_channels=8))
-assert 'pip install mmsegmentation' in error('mmpretrain', type='mmseg.OREPAResNetV1c')
+message = error('mmpretrain', type='mmseg.OREPAResNetV1c')
+assert 'pip install {INSTALL['mmseg']}' in message
 '''}
 
 
@@ -90,3 +97,21 @@ def test_with_one_package_the_names_of_the_others_say_what_is_missing(only):
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert 'UserWarning' not in result.stderr  # nothing is broken
+
+
+@pytest.mark.parametrize('forks', [True, False])
+def test_mmengine_knows_the_forks_where_its_own_is_installed(forks, monkeypatch):
+    official = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+    for package, name in official.items():
+        monkeypatch.setitem(MODULE2PACKAGE, package, name)
+
+    def version(name):
+        if forks and name == 'onedl-mmengine':
+            return '0.10.12'
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(registration.metadata, 'version', version)
+    registration.know_forks()
+    found = {package: MODULE2PACKAGE[package] for package in official}
+    assert found == ({'mmdet': 'onedl-mmdetection', 'mmseg': 'onedl-mmsegmentation',
+                      'mmpretrain': 'onedl-mmpretrain'} if forks else official)

@@ -8,6 +8,7 @@ import socket
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmengine.runner.checkpoint as mmengine_checkpoint
 import pytest
@@ -212,6 +213,21 @@ def test_only_pytorchs_own_switch_runs_code(server, tmp_path, monkeypatch):
             CheckpointLoader.load_checkpoint(str(source))
         assert (tmp_path / 'ran').exists()
         (tmp_path / 'ran').unlink()
+
+
+@pytest.mark.parametrize('crafted', CRAFTED)
+@pytest.mark.parametrize('source', ['openmmlab://name', 's3://name.pth'])
+def test_no_other_scheme_runs_code(source, crafted, tmp_path, monkeypatch):
+    """MMEngine itself reads these; the forks' would run the code where a safe load fails."""
+    torch.save({'meta': crafted(tmp_path / 'ran')}, tmp_path / 'name.pth')
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
+    monkeypatch.setattr(mmengine_checkpoint, 'get_external_models', lambda: {'name': 'name.pth'})
+    monkeypatch.setattr(mmengine_checkpoint, 'get_deprecated_model_names', dict)
+    monkeypatch.setattr(mmengine_checkpoint, 'get_file_backend', lambda *_, **__: SimpleNamespace(
+        get=lambda _: (tmp_path / 'name.pth').read_bytes()))
+    with pytest.raises(pickle.UnpicklingError):
+        CheckpointLoader.load_checkpoint(source)
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_what_cannot_be_downloaded_is_named(server, cache):
