@@ -17,28 +17,30 @@ Table = tuple[list[str], list[list[str]]]
 METHOD_MARK = 'How to read this:'
 
 
-def as_markdown(comparison: Comparison, parts: Mapping[str, Any]) -> str:
+def as_markdown(comparison: Comparison, losses: Comparison | None, parts: Mapping[str, Any]) -> str:
     """For GitHub, under a heading of the third level; the method comes last, behind `METHOD_MARK`.
 
     Args:
         comparison: From `compare`.
+        losses: The same of the training loss, where it was logged.
         parts: `title`, `lacking`, `notes` and `method` (lines), `machines`, `versions`.
     """
-    blocks = [f'### {parts["title"]}', _markdown_list(_sentences(comparison))]
+    blocks = [f'### {parts["title"]}', _markdown_list(_sentences(comparison, losses))]
     if parts['lacking']:
         blocks += ['Missing here:', _markdown_list(parts['lacking'])]
-    blocks += [markdown_table(*table) for table in _tables(comparison).values()]
+    blocks += [markdown_table(*table) for table in _tables(comparison, losses).values()]
     blocks += [_markdown_list([*parts['notes'], *_machine_lines(parts)]), METHOD_MARK,
                _markdown_list(parts['method'])]
     return '\n\n'.join(blocks) + '\n'
 
 
-def as_html(comparison: Comparison, parts: Mapping[str, Any], metric: bytes, training: bytes,
-            further: Mapping[str, bytes]) -> str:
+def as_html(comparison: Comparison, losses: Comparison | None, parts: Mapping[str, Any],
+            metric: bytes, training: bytes, further: Mapping[str, bytes]) -> str:
     """A page that needs no other file.
 
     Args:
         comparison: From `compare`.
+        losses: See `as_markdown`.
         parts: See `as_markdown`.
         metric: PNG of `draw_metric`.
         training: PNG of `draw_training`.
@@ -46,43 +48,49 @@ def as_html(comparison: Comparison, parts: Mapping[str, Any], metric: bytes, tra
     """
     lacking = ([_heading('Missing here'), _html_list(parts['lacking'])] if parts['lacking']
                else [])
-    tables = [text for title, table in _tables(comparison).items()
+    tables = [text for title, table in _tables(comparison, losses).items()
               for text in (_heading(title), html_table(*table))]
     pictures = [text for title, png in further.items()
                 for text in (_heading(title), html_picture(png, title))]
     return html_page(parts['title'], '\n'.join([
-        _html_list(_sentences(comparison)), *lacking,
+        _html_list(_sentences(comparison, losses)), *lacking,
         html_picture(metric, 'the metric of every variant and seed'), *tables,
         _heading('Training'), html_picture(training, 'loss and metric while training'),
         *pictures, _heading('How to read this'),
         _html_list([*parts['notes'], *_machine_lines(parts), *parts['method']])]))
 
 
-def _tables(comparison: Comparison) -> dict[str, Table]:
-    tables = {'Variants': _table_of_variants(comparison)}
+def _tables(comparison: Comparison, losses: Comparison | None) -> dict[str, Table]:
+    tables = {'Variants': _table_of_variants(comparison, losses)}
     if _has_one_seed(comparison):  # the other tables would say the same again
         return tables
     if comparison.pairs:
         tables['Paired differences'] = _table_of_pairs(comparison)
+        if losses is not None:
+            tables['Paired differences of the training loss'] = _table_of_pairs(losses)
     tables[f'{comparison.metric} of every seed'] = _table_of_seeds(comparison)
     return tables
 
 
-def _table_of_variants(comparison: Comparison) -> Table:
+def _table_of_variants(comparison: Comparison, losses: Comparison | None) -> Table:
     rows = []
+    loss = {} if losses is None else {spread.variant: spread for spread in losses.spreads}
     for spread in comparison.spreads:
         deviation = ('' if spread.deviation is None
                      else f' ± {comparison.text(spread.deviation)}')
         rows.append([
             spread.variant, f'{comparison.text(spread.mean)}{deviation} ({len(spread.values)})',
+            *([losses.text(loss[spread.variant].mean)] if spread.variant in loss else ['-'] if loss
+              else []),
             f'{spread.seconds_per_iteration * 1000:.1f}',
             '-' if spread.time_ratio is None else f'{spread.time_ratio:.2f}',
             '-' if spread.peak_bytes is None else f'{spread.peak_bytes / 1e6:.0f}',
             '-' if spread.kernel_step is None else f'{spread.kernel_step:.2e}',
             f'{spread.parameters / 1e6:.2f}'])
-    return (['', f'{comparison.metric}: mean ± sd (n)', 'training (ms/iteration)',
-             f'time over {comparison.reference}', 'peak memory (MB)', 'relative step of the kernel',
-             'parameters in training (M)'], rows)
+    return (['', f'{comparison.metric}: mean ± sd (n)', *(['training loss'] if loss else []),
+             'training (ms/iteration)',
+             f'time over {comparison.reference}', 'peak memory (MB)',
+             'relative step of the kernel', 'parameters in training (M)'], rows)
 
 
 def _table_of_seeds(comparison: Comparison) -> Table:
@@ -110,17 +118,20 @@ def _table_of_pairs(comparison: Comparison) -> Table:
                      ', '.join(comparison.text(value, signed=True)
                                for value in pair.differences.values())])
     unit = ' (points)' if comparison.percent else ''
-    return ['', f'mean difference{unit}', '95 % interval', 'seeds', 'each seed'], rows
+    return ['', f'{comparison.metric}: mean difference{unit}', '95 % interval', 'seeds',
+            'each seed'], rows
 
 
 def _has_one_seed(comparison: Comparison) -> bool:
     return len({outcome.seed for outcome in comparison.outcomes}) == 1
 
 
-def _sentences(comparison: Comparison) -> list[str]:
+def _sentences(comparison: Comparison, losses: Comparison | None) -> list[str]:
     if _has_one_seed(comparison) and len(comparison.pairs) > 1:
         return ['Each variant has one seed, which says nothing about chance.']
-    return ([pair.sentence + '.' for pair in comparison.pairs]
+    pairs = losses.pairs if losses is not None and not _has_one_seed(losses) else ()
+    return ([f'{pair.sentence}.' for pair in comparison.pairs]
+            + [f'Training loss: {pair.sentence}.' for pair in pairs]
             or ['One variant has finished: nothing is compared.'])
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..files import written_whole
 from .comparison import Run, planned_runs
 from .comparison_page import METHOD_MARK, as_html, as_markdown
 from .comparison_run import CONFIG, LOG, TRAINED
-from .curves import read_scalars
+from .curves import final_loss, read_scalars
 from .page import png_of
 
 #: What the figures show, by the end of their names.
@@ -46,6 +46,9 @@ _HOW_MEASURED = (
     'other programs shared the machine they slowed each other down.',
     'Peak memory: what PyTorch allocated on the GPU; without one, resident memory of the training '
     'process. Not known of runs that were resumed.',
+    'Training loss: mean of what was logged in the last tenth of the training, of the training '
+    'form, with augmentation. It says how well the training images are learned, not how good the '
+    'network is on others.',
     'Step of the kernel: norm of the change of a kernel in one iteration over its norm, mean over '
     'the convolutions, over the iterations that were measured and over the seeds.')
 
@@ -83,13 +86,17 @@ def write_comparison(out: str | Path, metric: str | None = None, reference: str 
     for result in finished.values():
         measured = {**result['metrics']['deployed'], **measured}
     name = chosen_metric(cfg, measured, metric)
-    comparison = compare([_outcome(run, result, name) for run, result in finished.items()], name,
-                         reference, smaller_is_better(cfg, name))
+    outcomes = {run: _outcome(run, result, name) for run, result in finished.items()}
+    comparison = compare([*outcomes.values()], name, reference, smaller_is_better(cfg, name))
     scalars, silent = _scalars(finished)
+    losses = _compared_losses(outcomes, scalars, comparison.reference)
+    curves: dict[str, list] = {run.variant.text: [] for run in finished}
+    for run, logged in scalars.items():
+        curves[run.variant.text].append(logged)
     notes = [*comparison.notes, *_of_the_runs(finished), *silent]
     step = ((cfg.get('default_hooks') or {}).get('logger') or {}).get('log_metric_by_epoch', True)
     pictures = {'metric': png_of(draw_metric(comparison)),
-                'training': png_of(draw_training(scalars, name,
+                'training': png_of(draw_training(curves, name,
                                                  'epoch' if step else 'iteration'))}
     further = {heading: png_of(figure) for heading, figure in _branches(finished).items()}
     machines = list({json.dumps(result['machine']): result['machine']
@@ -99,10 +106,10 @@ def write_comparison(out: str | Path, metric: str | None = None, reference: str 
              'machines': machines,
              'versions': conditions(torch.device('cpu'), cfg.get('default_scope'))['versions']}
     texts = {
-        'comparison.json': _json(comparison, finished, parts,
+        'comparison.json': _json(comparison, losses, finished, parts,
                                  {'metric': metric, 'reference': reference}),
-        'comparison.md': as_markdown(comparison, parts),
-        'report.html': as_html(comparison, parts, further=further, **pictures),
+        'comparison.md': as_markdown(comparison, losses, parts),
+        'report.html': as_html(comparison, losses, parts, further=further, **pictures),
     }
     with ExitStack() as stack:
         new = {file: stack.enter_context(written_whole(out / file)) for file in texts}
@@ -223,17 +230,27 @@ def _branches(finished: Mapping[Run, dict[str, Any]]) -> dict[str, Figure]:
     return figures
 
 
-def _scalars(finished: Mapping[Run, Any]) -> tuple[dict[str, list], list[str]]:
-    """What the finished runs logged, by variant; and which of them cannot be read."""
-    scalars: dict[str, list] = {}
+def _scalars(finished: Mapping[Run, Any]) -> tuple[dict[Run, dict], list[str]]:
+    """What the finished runs logged; and which of them cannot be read."""
+    scalars: dict[Run, dict] = {}
     silent = []
     for run in finished:
-        of_variant = scalars.setdefault(run.variant.text, [])
         try:
-            of_variant.append(read_scalars(run.folder / TRAINED))
+            scalars[run] = read_scalars(run.folder / TRAINED)
         except (FileNotFoundError, ValueError) as error:
             silent.append(f'{run.name} is not in the curves: {error}')
     return scalars, silent
+
+
+def _compared_losses(outcomes: Mapping[Run, Outcome], scalars: Mapping[Run, Any],
+                     reference: str) -> Comparison | None:
+    """The comparison of what the runs ended their training with, if the reference logged it."""
+    losses = [replace(outcome, metric=loss, training_metric=None)
+              for run, outcome in outcomes.items()
+              if (loss := final_loss(scalars.get(run, {}))) is not None]
+    if reference not in {outcome.variant for outcome in losses}:
+        return None
+    return compare(losses, 'training loss', reference, smaller_is_better=True)
 
 
 def _of_the_runs(finished: Mapping[Run, dict[str, Any]]) -> list[str]:
@@ -254,7 +271,7 @@ def _of_the_runs(finished: Mapping[Run, dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _json(comparison: Comparison, finished: Mapping[Run, dict[str, Any]],
+def _json(comparison: Comparison, losses: Comparison | None, finished: Mapping[Run, dict[str, Any]],
           parts: Mapping[str, Any], options: dict[str, Any]) -> str:
     content = {
         **parts, 'metric': comparison.metric, 'percent': comparison.percent,
@@ -262,5 +279,7 @@ def _json(comparison: Comparison, finished: Mapping[Run, dict[str, Any]],
         'runs': [{'variant': run.variant.text, 'seed': run.seed, **result}
                  for run, result in finished.items()],
         'variants': [asdict(spread) for spread in comparison.spreads],
-        'pairs': [asdict(pair) for pair in comparison.pairs]}
+        'pairs': [asdict(pair) for pair in comparison.pairs],
+        'training_loss': losses and {'variants': [asdict(spread) for spread in losses.spreads],
+                                     'pairs': [asdict(pair) for pair in losses.pairs]}}
     return json.dumps(without_nan(content), indent=1, allow_nan=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,22 @@ def read_scalars(work_dir: str | Path) -> dict[str, dict[int, float]]:
                 if isinstance(value, (int, float)) and 'step' in entry:
                     scalars.setdefault(name, {})[entry['step']] = value
     return scalars
+
+
+def final_loss(scalars: Mapping[str, Mapping[int, float]]) -> float | None:
+    """The training loss that a run ended with.
+
+    Args:
+        scalars: From `read_scalars`.
+
+    Returns:
+        Mean of the losses that were logged in the last tenth of the training; None
+        if there are none.
+    """
+    losses = scalars.get('loss')
+    if not losses:
+        return None
+    return statistics.fmean(loss for step, loss in losses.items() if step > 0.9 * max(losses))
 
 
 def draw_curves(scalars: Mapping[str, Mapping[int, float]]) -> Figure:

@@ -45,7 +45,8 @@ def make_run(out, variant, seed, value, forms=('training', 'deployed'), **change
     (folder / 'config.py').write_text(CONFIG.format(workers=2))
     (folder / 'log.txt').write_text('iteration 20\nerror: out of memory <here>\n')
     steps = range(1, 41 if value is not None else 21)
-    lines = [{'loss': 2 / step + 0.01 * seed, 'iter': step, 'step': step} for step in steps]
+    lower = 0.02 + 0.005 * seed if variant == 'orepa' else 0
+    lines = [{'loss': 2 / step + 0.01 * seed - lower, 'iter': step, 'step': step} for step in steps]
     lines += [{'coco/bbox_mAP': value * share, 'step': round(40 * share)}
               for share in (0.5, 1) if value is not None]
     (logged / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
@@ -80,8 +81,8 @@ def written(out, **options):
 
 
 def row_of(markdown, name):
-    line, = (line for line in markdown.splitlines() if line.startswith(f'| {name} |'))
-    return [cell.strip() for cell in line.strip('|').split('|')][1:]
+    row, = rows_of(markdown, name)
+    return row
 
 
 def rows_of(markdown, name):
@@ -92,15 +93,20 @@ def rows_of(markdown, name):
 def test_the_tables(out):
     _, markdown, _ = written(out)
     of_variant, of_seeds = rows_of(markdown, 'orepa')
+    last = statistics.mean(2 / step for step in range(37, 41))
     assert of_variant == [f'{statistics.mean(VALUES["orepa"]):.4f} ± '
                           f'{statistics.stdev(VALUES["orepa"]):.4f} (3)',
-                          '200.0', '2.00', '2000', '1.00e-03', '3.00']
+                          f'{last + 0.01 - 0.025:.4f}', '200.0', '2.00', '2000', '1.00e-03', '3.00']
     assert of_seeds == ['0.5300', '0.5600', '0.5400']
     assert row_of(markdown, 'orepa, training form') == of_seeds
-    mean, interval, seeds, each = row_of(markdown, 'orepa - plain')
+    (mean, interval, seeds, each), losses = rows_of(markdown, 'orepa - plain')
     assert (mean, seeds, each) == ('+0.0333', '3', '+0.0300, +0.0400, +0.0300')
     half = 4.302653 * statistics.stdev((0.03, 0.04, 0.03)) / math.sqrt(3)  # t table, 2 degrees
     assert interval == f'{0.1 / 3 - half:+.4f} to {0.1 / 3 + half:+.4f}'
+    half = 4.302653 * 0.005 / math.sqrt(3)
+    assert losses == ['-0.0250', f'{-0.025 - half:+.4f} to {-0.025 + half:+.4f}', '3',
+                      '-0.0200, -0.0250, -0.0300']
+    assert 'Training loss: orepa is better than plain by 0.0250' in markdown
     assert markdown.startswith('### cells\n')
     assert 'orepa is better than plain by 0.0333' in markdown
     assert ('no difference between orepa:single_init,lr=5e-4 and plain that these 3 seeds can tell '
@@ -121,6 +127,10 @@ def test_the_json_has_everything(out):
     assert content['runs'][0]['kernel_step'] is None  # NaN is no JSON
     assert content['variants'][0]['mean'] == pytest.approx(0.51)
     assert content['pairs'][0]['interval'] == pytest.approx([0.01899, 0.04768], abs=1e-5)
+    assert content['training_loss']['variants'][0]['mean'] == pytest.approx(
+        statistics.mean(2 / step for step in range(37, 41)) + 0.01)
+    assert [pair['mean'] for pair in content['training_loss']['pairs']] == pytest.approx(
+        [-0.025, 0])
     assert content['machines'] == [{'torch': '2.12.1', 'threads': 2, 'processor': 'x86_64',
                                     'device': 'cpu'}]
     assert 'orepa_mm' in content['versions']
@@ -136,6 +146,22 @@ def test_the_page_needs_no_other_file(out):
     assert 'http' not in page.partition('base64')[0]
     assert all((out / f'comparison-{name}.png').read_bytes().startswith(b'\x89PNG')
                for name in ('metric', 'training'))
+
+
+def test_runs_that_logged_no_loss(out):
+    """Of a variant: it has no loss. Of the reference: there is nothing to compare."""
+    for log in out.glob('runs/orepa/*/train/1/vis_data/scalars.json'):
+        log.write_text('{"coco/bbox_mAP": 0.5, "step": 40}')
+    content, markdown, _ = written(out)
+    assert rows_of(markdown, 'orepa')[0][1] == '-'
+    assert [pair['variant'] for pair in content['training_loss']['pairs']] == [
+        'orepa:single_init,lr=5e-4']
+    for log in out.glob('runs/plain/*/train/1/vis_data/scalars.json'):
+        log.unlink()
+    content, markdown, _ = written(out)
+    assert content['training_loss'] is None
+    assert 'Training loss: orepa' not in markdown
+    assert len(rows_of(markdown, 'orepa')[0]) == 6
 
 
 def test_one_seed_each(tmp_path):
@@ -186,7 +212,7 @@ def test_what_is_missing_is_named(out):
         'dbb, seed 0: not begun']
     assert '- dbb, seed 0: not begun' in markdown
     assert 'out of memory &lt;here&gt;' in page
-    assert row_of(markdown, 'orepa - plain')[2] == '3'
+    assert rows_of(markdown, 'orepa - plain')[0][2] == '3'
     assert 'orepa has no result with seed 3' in markdown
     assert row_of(markdown, 'orepa, training form')[-1] == '-'
 
