@@ -204,7 +204,7 @@ def test_kills_at_any_moment(folder, tmp_path, job, kills):
         process.join()
         cut += process.exitcode == -signal.SIGKILL
         assert entries(out) in ([], names)
-    assert cut > kills // 2
+    assert cut > kills // 5  # else they came too late
     finished(job, folder, out)
     assert entries(out) == names
     assert not list(out.rglob('.*'))
