@@ -8,6 +8,7 @@ import json
 import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +35,12 @@ GOLDEN = SHARED / 'golden'
 needs_golden = pytest.mark.skipif(
     not any(GOLDEN.glob('net_*.pt')), reason=f"the authors' whole networks (net_*.pt, 13 MB) are "
     f'not in {GOLDEN}: they are not part of the repository')
+
+
+#: Whether mmcv has its own operators (`make setup MMCV=full`) or those of torchvision.
+COMPILED = not hasattr(import_module('mmcv._ext'), 'OPERATORS')
+needs_compiled = pytest.mark.skipif(
+    not COMPILED, reason='this mmcv has no compiled operators (make setup MMCV=full)')
 
 
 #: Begins a script in which orepa_mm cannot be imported.

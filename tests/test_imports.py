@@ -100,6 +100,7 @@ def test_a_segmentation_config_loads_no_detector():
 import sys
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+import orepa_mm  # without it the forks' MMEngine does not find mmseg::
 cfg = Config.fromfile('configs/upernet/upernet_orepa-r18-light_400i_cityscapes-192x192.py')
 init_default_scope(cfg.default_scope)
 {LOADED}

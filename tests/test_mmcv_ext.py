@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import needs_compiled
 from mmcv import _ext as compiled
 from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss
 
@@ -12,10 +13,6 @@ SOURCE = Path(__file__).parent.parent / 'requirements' / 'mmcv_ext.py'
 spec = importlib.util.spec_from_file_location('mmcv_ext', SOURCE)
 ours = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ours)
-
-needs_compiled = pytest.mark.skipif(
-    hasattr(compiled, 'OPERATORS'),
-    reason='this mmcv has no compiled operators to compare with (make setup MMCV=full)')
 
 
 def boxes_like(*shape, generator):

@@ -108,6 +108,11 @@ class _Seeded:
         self._count += 1
         return next(self._batches)
 
+    def skip_iter(self, count: int) -> None:
+        """Read batches again, to get to where a run was: the forks' MMEngine leaves that to us."""
+        for _ in range(count):
+            next(self)
+
 
 def _derived(seed: int, kind: int, number: int) -> int:
     """A seed for one kind of random numbers of one iteration or epoch, on this rank."""
