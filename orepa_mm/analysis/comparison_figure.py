@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,7 +30,9 @@ def draw_metric(comparison: Comparison) -> Figure:
         comparison: From `compare`.
     """
     spreads = comparison.spreads
-    figure = Figure(figsize=(8, 1.5 + 0.5 * len(spreads)), layout='constrained')
+    labels = [_in_lines(f'{spread.variant} (n = {len(spread.values)})') for spread in spreads]
+    height = sum(max(0.5, 0.2 * (label.count('\n') + 1)) for label in labels)
+    figure = Figure(figsize=(8, 1.5 + height), layout='constrained')
     axes = figure.subplots()
     for row, spread in enumerate(spreads):
         colour, _ = _style(row)
@@ -40,12 +43,11 @@ def draw_metric(comparison: Comparison) -> Figure:
         low, high = spread.interval or (spread.mean, spread.mean)
         axes.errorbar(spread.mean, row - 0.13, xerr=[[spread.mean - low], [high - spread.mean]],
                       fmt='D', color=colour, markersize=6, capsize=4)
-    axes.set_yticks(range(len(spreads)), [f'{spread.variant} (n = {len(spread.values)})'
-                                          for spread in spreads])
+    axes.set_yticks(range(len(spreads)), labels)
     axes.set_ylim(len(spreads) - 0.5, -0.5)
     axes.set(xlabel=comparison.metric + (' (%)' if comparison.percent else ''))
-    axes.set_title('points: seeds; diamond: their mean and its 95 % t interval (differences are '
-                   'judged in pairs,\nnot by whether these intervals overlap)', fontsize=9)
+    figure.suptitle('points: seeds; diamond: their mean and its 95 % t interval (differences are '
+                    'judged in pairs,\nnot by whether these intervals overlap)', fontsize=9)
     axes.grid(axis='x', alpha=0.3)
     return figure
 
@@ -96,6 +98,16 @@ def _style(number: int) -> tuple[str, str]:
     return (_COLOURS[number % len(_COLOURS)], _LINES[number // len(_COLOURS) % len(_LINES)])
 
 
+def _in_lines(variant: str, width: int = 34) -> str:
+    """A name, broken behind commas and dots where it is long: options have long names."""
+    lines = ['']
+    for part in re.split('(?<=[.,])', variant):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append('')
+        lines[-1] += part
+    return '\n'.join(lines)
+
+
 def _common(seeds: Scalars, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps (n,) that all seeds logged, and the values there, (seeds, n)."""
     logged = [scalars[name] for scalars in seeds if name in scalars]
@@ -117,6 +129,6 @@ def _band(axes: Axes, number: int, variant: str, steps: np.ndarray, values: np.n
     if not len(steps):
         return
     colour, line = _style(number)
-    axes.plot(steps, values.mean(0), line, color=colour, label=variant, marker=marker,
+    axes.plot(steps, values.mean(0), line, color=colour, label=_in_lines(variant), marker=marker,
               markersize=3.5, linewidth=1.6)
     axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)

@@ -4,6 +4,7 @@ import math
 import statistics
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from mmengine.config import Config
 
 from orepa_mm.analysis.comparison import (
@@ -207,6 +208,17 @@ def test_the_picture_of_the_metric():
     assert points == [[0.5, 0.6], [0.7, 0.9]]
     bar = axes.collections[1].get_segments()[0][:, 0]
     assert tuple(bar) == interval_of((0.7, 0.9))
+
+
+def test_long_names_stay_in_the_figure():
+    name = 'orepa:lr=2e-3,' + ','.join(f'model.backbone.init_cfg.{key}=Kaiming' for key in 'abc')
+    figure = draw_metric(compare(outcomes(**{'plain': (0.5, 0.6), name: (0.7, 0.9)}), 'mAP'))
+    FigureCanvasAgg(figure).draw()
+    labels = figure.axes[0].get_yticklabels()
+    assert labels[1].get_text().replace('\n', '') == f'{name} (n = 2)'
+    boxes = [label.get_window_extent() for label in labels]
+    assert min(box.x0 for box in boxes) >= 0
+    assert boxes[1].y1 < boxes[0].y0  # from above
 
 
 def test_the_curves():
