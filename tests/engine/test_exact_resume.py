@@ -61,8 +61,9 @@ def weights_after(folder, hook, workers, interrupted, **kwargs):
     return runner.model.layer.weight.detach()
 
 
-@pytest.mark.parametrize('by_epoch', [False, True])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize(('workers', 'by_epoch'), [
+    (2, False), (2, True), *(pytest.param(0, by_epoch, marks=pytest.mark.long)
+                             for by_epoch in (False, True))])
 def test_interrupted_or_not_the_weights_are_the_same(tmp_path, by_epoch, workers):
     straight, resumed = (weights_after(tmp_path / str(interrupted), True, workers, interrupted,
                                        by_epoch=by_epoch) for interrupted in (False, True))

@@ -69,7 +69,8 @@ def let_every_layer_matter(path):
     torch.save(checkpoint, path)
 
 
-@pytest.fixture(scope='module', params=TASKS)
+@pytest.fixture(scope='module', params=[
+    pytest.param(name, marks=pytest.mark.long if name == 'instances' else ()) for name in TASKS])
 def task(request, trained):
     """With the re-parameterized model, too: (folder, metric, stock package)."""
     *_, metric, package = TASKS[request.param]
