@@ -32,7 +32,7 @@ $(DEMO)/deployed/report.json: $(DEMO)/train/iter_400.pth
 $(DEMO)/report.html: $(DEMO)/deployed/report.json
 	$(MIM) run orepa_mm report $(DEMO)/train $(DEMO)/deployed --out $@
 
-# Two processes of one thread each: most of the time goes into starting tools. All tests; with
+# Three processes of one thread each: on two cores one waits for tools that start. All tests; with
 # the forks those of the method, of files and checkpoints, and from training to deployment.
 TESTS_onedl := tests/golden tests/layers tests/checkpoints tests/reparam tests/backbones \
     tests/hostile/test_checkpoint_files.py tests/engine/test_training.py \
@@ -41,7 +41,7 @@ TESTS_onedl := tests/golden tests/layers tests/checkpoints tests/reparam tests/b
     tests/integration/test_stock_configs.py tests/test_imports.py tests/test_doctor.py \
     tests/test_mmcv_ext.py tests/test_packaging.py
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS_$(STACK))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(TESTS_$(STACK))
 
 # What takes minutes per test: many seeds, kills at any moment, compilers. An hour on two cores.
 test-long: setup
