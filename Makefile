@@ -43,7 +43,7 @@ TESTS_onedl := tests/golden tests/layers tests/checkpoints tests/reparam tests/b
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(TESTS_$(STACK))
 
-# What takes minutes per test: many seeds, kills at any moment, compilers. An hour on two cores.
+# What takes minutes per test: many seeds, kills at any moment, compilers.
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
 

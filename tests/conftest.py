@@ -24,12 +24,10 @@ def _no_default_scope_of_another_file():
 
 
 @pytest.fixture(autouse=True)
-def _no_default_scope(monkeypatch):
-    """A scope that another test left behind would decide which package's class is built."""
-    monkeypatch.setattr(DefaultScope, '_instance_dict', type(DefaultScope._instance_dict)())
+def _no_default_scope_and_no_logger(monkeypatch):
+    """A scope that another test left behind would decide which package's class is built.
 
-
-@pytest.fixture(autouse=True)
-def _no_logger(monkeypatch):
-    """A logger of another test would write into that test's captured, closed output."""
-    monkeypatch.setattr(MMLogger, '_instance_dict', type(MMLogger._instance_dict)())
+    A logger would write into that test's captured, closed output.
+    """
+    for kind in (DefaultScope, MMLogger):
+        monkeypatch.setattr(kind, '_instance_dict', type(kind._instance_dict)())

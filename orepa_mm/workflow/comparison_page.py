@@ -74,23 +74,25 @@ def _tables(comparison: Comparison, losses: Comparison | None) -> dict[str, Tabl
 
 def _table_of_variants(comparison: Comparison, losses: Comparison | None) -> Table:
     rows = []
-    loss = {} if losses is None else {spread.variant: spread for spread in losses.spreads}
+    heads = ['', f'{comparison.metric}: mean ± sd (n)', 'training (ms/iteration)',
+             f'time over {comparison.reference}', 'peak memory (MB)', 'relative step of the kernel',
+             'parameters in training (M)']
     for spread in comparison.spreads:
         deviation = ('' if spread.deviation is None
                      else f' ± {comparison.text(spread.deviation)}')
         rows.append([
             spread.variant, f'{comparison.text(spread.mean)}{deviation} ({len(spread.values)})',
-            *([losses.text(loss[spread.variant].mean)] if spread.variant in loss else ['-'] if loss
-              else []),
             f'{spread.seconds_per_iteration * 1000:.1f}',
             '-' if spread.time_ratio is None else f'{spread.time_ratio:.2f}',
             '-' if spread.peak_bytes is None else f'{spread.peak_bytes / 1e6:.0f}',
             '-' if spread.kernel_step is None else f'{spread.kernel_step:.2e}',
             f'{spread.parameters / 1e6:.2f}'])
-    return (['', f'{comparison.metric}: mean ± sd (n)', *(['training loss'] if loss else []),
-             'training (ms/iteration)',
-             f'time over {comparison.reference}', 'peak memory (MB)',
-             'relative step of the kernel', 'parameters in training (M)'], rows)
+    if losses is not None:
+        means = {spread.variant: losses.text(spread.mean) for spread in losses.spreads}
+        for row in rows:
+            row.insert(2, means.get(row[0], '-'))
+        heads.insert(2, 'training loss')
+    return heads, rows
 
 
 def _table_of_seeds(comparison: Comparison) -> Table:

@@ -278,8 +278,10 @@ def _json(comparison: Comparison, losses: Comparison | None, finished: Mapping[R
         'reference': comparison.reference, 'confidence': CONFIDENCE, 'options': options,
         'runs': [{'variant': run.variant.text, 'seed': run.seed, **result}
                  for run, result in finished.items()],
-        'variants': [asdict(spread) for spread in comparison.spreads],
-        'pairs': [asdict(pair) for pair in comparison.pairs],
-        'training_loss': losses and {'variants': [asdict(spread) for spread in losses.spreads],
-                                     'pairs': [asdict(pair) for pair in losses.pairs]}}
+        **_numbers(comparison), 'training_loss': losses and _numbers(losses)}
     return json.dumps(without_nan(content), indent=1, allow_nan=False)
+
+
+def _numbers(comparison: Comparison) -> dict[str, Any]:
+    return {'variants': [asdict(spread) for spread in comparison.spreads],
+            'pairs': [asdict(pair) for pair in comparison.pairs]}

@@ -55,7 +55,8 @@ def final_loss(scalars: Mapping[str, Mapping[int, float]]) -> float | None:
     losses = scalars.get('loss')
     if not losses:
         return None
-    return statistics.fmean(loss for step, loss in losses.items() if step > 0.9 * max(losses))
+    begin = 0.9 * max(losses)
+    return statistics.fmean(loss for step, loss in losses.items() if step > begin)
 
 
 def draw_curves(scalars: Mapping[str, Mapping[int, float]]) -> Figure:

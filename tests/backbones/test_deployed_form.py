@@ -87,10 +87,9 @@ CASES = {
 }
 
 
-def runnable(names):
+def case(name, *more):
     """As parameters; deformable convolutions are mmcv's own."""
-    return [pytest.param(name, marks=needs_compiled if 'dcn' in CASES[name] else ())
-            for name in names]
+    return pytest.param(name, *more, marks=needs_compiled if 'dcn' in CASES[name] else ())
 
 
 def state(model):
@@ -123,7 +122,7 @@ def test_every_registered_backbone_is_a_case():
             assert name in cases or f'{package}.{name}' in cases
 
 
-@pytest.mark.parametrize('name', runnable(CASES))
+@pytest.mark.parametrize('name', map(case, CASES))
 def test_deployed_form_is_the_stock_network(name):
     cfg = CASES[name]
     backbone = randomize(MODELS.build(cfg)).eval().double()
@@ -143,8 +142,8 @@ def test_deployed_form_is_the_stock_network(name):
                 assert relative_error(one, other) < 1e-8
 
 
-@pytest.mark.parametrize('name', runnable(
-    name for name, cfg in CASES.items() if 'DBB' not in cfg['type'] and 'online' not in name))
+@pytest.mark.parametrize('name', [
+    case(name) for name, cfg in CASES.items() if 'DBB' not in cfg['type'] and 'online' not in name])
 def test_it_starts_from_the_weights_of_its_stock_twin(name):
     """Plain weights, as `init_cfg` and `load_from` load them: stage by stage the same."""
     cfg = CASES[name]
@@ -172,7 +171,7 @@ PRECISE = ['r18', 'resnext50', 'deformable', 'dbb r18', 'seg v1c r18 multi grid'
 
 
 @pytest.mark.parametrize(('name', 'dtype'), [
-    pytest.param(name, dtype, marks=needs_compiled if 'dcn' in CASES[name] else ())
+    case(name, dtype)
     for dtype in TOLERANCES for name in (CASES if dtype == torch.float32 else PRECISE)])
 def test_every_form_in_every_precision(name, dtype):
     """Plain and folded, computed as they are, and verified with what is stored of them."""

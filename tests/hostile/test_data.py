@@ -108,20 +108,21 @@ def test_what_is_no_image_is_named_and_the_rest_is_done(kind, model, tmp_path):
 
 
 UPERNET = 'mmseg::upernet/upernet_r18_4xb2-40k_cityscapes-512x1024.py'
-ALL_VALUES = np.tile(np.arange(256, dtype=np.uint8), (64, 1))[:, :64]
+ALL_VALUES = (np.arange(64 * 64) % 256).astype(np.uint8).reshape(64, 64)
+IDS = np.eye(64, dtype=np.uint8)
 #: Label maps of 64 x 64, as somebody may save them.
 LABEL_MAPS = {
-    'L': Image.fromarray(np.eye(64, dtype=np.uint8)),
-    'L with 255': Image.fromarray(np.eye(64, dtype=np.uint8) * 255),
+    'L': Image.fromarray(IDS),
+    'L with 255': Image.fromarray(IDS * 255),
     'L with every value': Image.fromarray(ALL_VALUES),
-    'one bit': Image.fromarray(np.eye(64, dtype=np.uint8) * 255).convert('1'),
-    'palette': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('P'),
+    'one bit': Image.fromarray(IDS * 255).convert('1'),
+    'palette': Image.fromarray(IDS).convert('P'),
     'palette of colours': Image.effect_noise((64, 64), 90).convert('RGB').quantize(7),
     '16 bit': Image.fromarray(np.eye(64, dtype=np.uint16)),
     '16 bit, large': Image.fromarray(np.eye(64, dtype=np.uint16) * 300),
-    'LA': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('LA'),
-    'RGB': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('RGB'),
-    'RGBA': Image.fromarray(np.eye(64, dtype=np.uint8)).convert('RGBA'),
+    'LA': Image.fromarray(IDS).convert('LA'),
+    'RGB': Image.fromarray(IDS).convert('RGB'),
+    'RGBA': Image.fromarray(IDS).convert('RGBA'),
     'small': Image.new('L', (1, 1)),
     'wide': Image.new('L', (64, 65)),
 }
