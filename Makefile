@@ -1,4 +1,5 @@
-# make setup | demo | test | test-long | lint | types | docs | bench | doctor | clean
+# make setup | setup-dev | demo | test | test-long | lint | types | docs | bench | lock | doctor | clean
+# MMCV=full compiles mmcv's operators; UV_TORCH_BACKEND=cpu|cu130 chooses PyTorch's build.
 # STACK=onedl: with the maintained forks, in an environment of its own.
 PYTHON ?= python3
 STACK  ?= official
@@ -9,10 +10,25 @@ BENCH  := work_dirs/bench
 CONFIG := faster-rcnn_orepa-r18-light_fpn_400i_coco.py
 MIM    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: setup demo test test-long lint types docs bench doctor clean
+.PHONY: setup setup-test setup-dev lock demo test test-long lint types docs bench doctor clean
 
+INSTALL := requirements/install.py --stack $(STACK) --venv $(VENV)
 setup:
-	@$(PYTHON) requirements/install.py --stack $(STACK) --venv $(VENV)
+	@$(PYTHON) $(INSTALL)
+
+setup-test:
+	@$(PYTHON) $(INSTALL) --extra test
+
+setup-dev:
+	@$(PYTHON) $(INSTALL) --extra test --extra dev
+
+# All versions anew, for every Python.
+LOCK := .venv/bin/uv pip compile setup.py --universal --python-version 3.10 --no-annotate -qU \
+    --override requirements/overrides.txt --extra onnx --extra safetensors --extra test
+lock: setup
+	$(LOCK) requirements/constraints.in --extra openmmlab --extra dev -o requirements/constraints.txt
+	MMCV_WITH_OPS=0 $(LOCK) requirements/constraints-onedl.in --extra onedl \
+	    -o requirements/constraints-onedl.txt
 
 # Each step is left out where its result lies there already; training resumes.
 demo: setup
@@ -40,21 +56,21 @@ TESTS_onedl := tests/golden tests/layers tests/checkpoints tests/reparam tests/b
     tests/integration/test_train_to_deploy.py tests/integration/test_other_tasks.py \
     tests/integration/test_stock_configs.py tests/test_imports.py tests/test_doctor.py \
     tests/test_mmcv_ext.py tests/test_packaging.py
-test: setup
+test: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(TESTS_$(STACK))
 
 # What takes minutes per test: many seeds, kills at any moment, compilers.
-test-long: setup
+test-long: setup-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 lint: types
 	$(BIN)/ruff check .
 
-types: setup
+types: setup-dev
 	$(BIN)/mypy
 
 # The pages of docs/ as a site; a warning is an error. `.venv/bin/mkdocs serve` shows it, with search.
-docs: setup
+docs: setup-dev
 	$(BIN)/mkdocs build
 	@echo "The site: $(CURDIR)/site/index.html"
 

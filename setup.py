@@ -68,15 +68,22 @@ setup(
     packages=find_packages(include=['orepa_mm', 'orepa_mm.*']),
     python_requires='>=3.10',
     install_requires=['torch>=2.6', 'numpy', 'filelock'],
-    # Two stacks share their import names and must never be installed together,
-    # so neither is a hard requirement. mmcv must be built for the torch at hand.
+    # Two stacks share their import names and must never be installed together, so neither is a
+    # hard requirement. mmcv is in none: it is compiled for the torch at hand, or mmcv-lite with
+    # the operators of torchvision (requirements/install.py).
     extras_require={
-        'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.0.0,<2.2.0', 'mmdet>=3.3.0',
-                      'mmsegmentation>=1.2.2', 'ftfy', 'regex', 'mmpretrain>=1.2.0',
-                      'scipy>=1.10', 'openmim>=0.3.9', 'setuptools<82'],
+        'openmmlab': ['torchvision', 'mmengine>=0.10.7', 'mmdet>=3.3.0', 'mmsegmentation>=1.2.2',
+                      'ftfy', 'regex', 'mmpretrain>=1.2.0', 'scipy>=1.10', 'openmim>=0.3.9',
+                      'setuptools<82'],
+        'onedl': ['torchvision', 'onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1',
+                  'onedl-mmsegmentation>=1.4.2', 'onedl-mmpretrain>=1.3.6', 'scipy>=1.10',
+                  'onedl-mim>=0.5.1', 'setuptools<82'],
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         'safetensors': ['safetensors'],
-        'test': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'tensorboard'],
+        'test': ['pytest', 'pytest-xdist', 'hypothesis', 'timm', 'tensorboard'],
+        # mkdocstrings for Python 3.10 needs this pymdown-extensions
+        'dev': ['ruff', 'mypy', 'mkdocs', 'mkdocs-material', 'mkdocstrings', 'mkdocstrings-python',
+                'pymdown-extensions==10.19'],
     },
     cmdclass={'build_py': BuildPy, 'develop': Develop},
     zip_safe=False,

@@ -35,7 +35,7 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     failures = []
-    for module in ('orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones',
+    for module in ('orepa_mm.openmmlab', 'orepa_mm.checkpoints', 'orepa_mm.layers', 'orepa_mm.backbones',
                    'orepa_mm.engine', 'orepa_mm.reparam'):
         try:
             importlib.import_module(module)

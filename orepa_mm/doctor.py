@@ -6,6 +6,8 @@ Run as `python -m orepa_mm.doctor` or `make doctor`. Needs nothing but Python.
 from __future__ import annotations
 
 import importlib
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -87,9 +89,9 @@ def diagnose() -> Iterator[Finding]:
 
 def _python() -> Finding:
     version = '.'.join(map(str, sys.version_info[:3]))
-    good = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    good = (3, 10) <= sys.version_info[:2] <= (3, 14)
     return Finding('Python', version, '' if good else
-                   'use Python 3.10 to 3.12: torch and mmcv are pinned to them', required=False)
+                   'use Python 3.10 to 3.14, for which the pinned torch has wheels', required=False)
 
 
 def _torch() -> Iterator[Finding]:
@@ -99,6 +101,7 @@ def _torch() -> Iterator[Finding]:
                       'and torchvision 0.27.1 together')
         return
     yield Finding('torch', version or 'of unknown version')
+    yield from _gpu()
     version, problem = version_of('torchvision'), import_problem('torchvision')
     if 'torchvision::nms' in problem:
         yield Finding('torchvision', f'{version} was built for another torch '
@@ -109,6 +112,25 @@ def _torch() -> Iterator[Finding]:
                       'pip install torchvision==0.27.1 (mmpretrain and mmdet need it)')
     else:
         yield Finding('torchvision', version or 'of unknown version')
+
+
+def _gpu() -> Iterator[Finding]:
+    """Whether PyTorch reaches the GPU, where there is a driver for one."""
+    import torch
+    if torch.cuda.is_available():
+        yield Finding('GPU', torch.cuda.get_device_name())
+    elif has_nvidia_driver() and torch.version.cuda is None and torch.version.hip is None:
+        yield Finding('GPU', 'there is an NVIDIA driver, but this torch is built for processors '
+                      'alone', f'run `{_setup()}` on this machine')
+    elif has_nvidia_driver():
+        yield Finding('GPU', 'there is an NVIDIA driver, but torch does not reach a GPU',
+                      'see `nvidia-smi`: is CUDA_VISIBLE_DEVICES empty, or the driver older than '
+                      f'CUDA {torch.version.cuda} needs?', required=False)
+
+
+def has_nvidia_driver() -> bool:
+    """Whether this machine has a driver for NVIDIA's GPUs."""
+    return bool(shutil.which('nvidia-smi')) or Path('/proc/driver/nvidia/version').exists()
 
 
 def _setuptools() -> Iterator[Finding]:
@@ -140,8 +162,8 @@ def _reinstall(module: str) -> str:
 
 
 def _rebuild() -> str:
-    """What compiles mmcv's operators."""
-    return f'build it for the torch at hand: delete the environment and {_reinstall("mmcv")}'
+    """What brings mmcv's operators."""
+    return f'have it built for the torch at hand: {_reinstall("mmcv")}'
 
 
 def _stacks() -> Iterator[Finding]:
@@ -150,6 +172,7 @@ def _stacks() -> Iterator[Finding]:
         yield Finding('OpenMMLab', f'both {", ".join(official)} and {", ".join(forks)}',
                       'uninstall one of the two sets: they share their import names and '
                       'overwrite each other')
+    yield from _shared_libraries()
     for module in ('mmengine', 'mmcv'):
         version, problem = _version_of_module(module), import_problem(module)
         remedy = _reinstall(module) if problem else ''
@@ -157,9 +180,21 @@ def _stacks() -> Iterator[Finding]:
             version = f'{version_of("mmcv-lite")}, lite'
             if version_of('mmcv'):
                 remedy = 'mmcv and mmcv-lite share their files: uninstall both, run `make setup`'
-            elif _torchvision_operators() is None:
-                remedy = 'mmcv-lite has no operators: uninstall it and install mmcv'
+            elif not problem and _torchvision_operators() is None:
+                remedy = f'mmcv-lite has no operators: `{_setup()}` adds those of torchvision'
         yield Finding(module, version if version and not problem else problem, remedy)
+
+
+def _shared_libraries() -> Iterator[Finding]:
+    """The library of the system that OpenCV lacks: without it nothing of OpenMMLab imports."""
+    problem = import_problem('cv2')
+    if missing := re.search(r'(lib[\w.+-]+): cannot open shared object file', problem):
+        yield Finding('OpenCV', f'the system has no {missing[1]}', 'put opencv-python-headless in '
+                      'the place of opencv-python (pip uninstall opencv-python; pip install '
+                      'opencv-python-headless), or install the library (Debian: apt-get install '
+                      'libgl1 libxcb1 libglib2.0-0)')
+    elif problem and not problem.startswith('ModuleNotFoundError'):
+        yield Finding('OpenCV', problem, 'pip install opencv-python-headless')
 
 
 def _mmcv_operators() -> Finding:
@@ -167,6 +202,10 @@ def _mmcv_operators() -> Finding:
     if not problem and (operators := _torchvision_operators()):
         return Finding('mmcv operators', f'of torchvision: {", ".join(operators)}; all others are '
                        f'missing ({_setup()} MMCV=full compiles them)')
+    if not problem and _reaches_gpu() and (
+            sys.modules['mmcv.ops'].get_compiling_cuda_version() == 'not available'):
+        return Finding('mmcv operators', 'compiled for processors alone, but there is a GPU',
+                       _rebuild())
     if not problem:
         return Finding('mmcv operators', 'compiled and loading')
     if 'mmcv._ext' in problem and 'No module' in problem:
@@ -174,6 +213,10 @@ def _mmcv_operators() -> Finding:
     if 'undefined symbol' in problem or 'libtorch' in problem or 'libc10' in problem:
         problem = f'mmcv was built for another torch ({problem})'
     return Finding('mmcv operators', problem, _rebuild())
+
+
+def _reaches_gpu() -> bool:
+    return not import_problem('torch') and sys.modules['torch'].cuda.is_available()
 
 
 def _torchvision_operators() -> tuple[str, ...] | None:

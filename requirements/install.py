@@ -1,21 +1,15 @@
-"""Build the project's virtual environment, one resumable step at a time.
+"""Build the project's virtual environment, with the standard library alone.
 
-Standard library only: this runs before anything is installed. Each finished
-step leaves a stamp in the environment, so that a second call skips it and an
-interrupted call goes on where it stopped. mmcv exists on the package index as
-source only; its wheel is compiled once and kept in a cache outside the project,
-keyed by everything that its binary depends on. Where nothing can compile it, or
-with MMCV=lite, its operators come from torchvision, see mmcv_ext.py.
+uv installs the extras of setup.py in the versions of constraints.txt: it goes on from its cache,
+and takes other packages for some that OpenMMLab asks for (overrides.txt). Where there is no uv
+for a machine, pip does. mmcv's operators come from torchvision (mmcv_ext.py), or with MMCV=full
+from a compiler. Nothing that this file did not make is changed.
 
-There are two stacks, OpenMMLab's own packages and the maintained forks of them.
-They share their import names, so each has an environment of its own.
-
-Usage: [MMCV=full|lite] python requirements/install.py [--stack onedl] [--venv .venv]
-       [--cache DIR]
+Usage: [MMCV=lite|full] [UV_TORCH_BACKEND=cpu|cu130|...] python requirements/install.py
+       [--stack onedl] [--venv .venv] [--extra test] [--extra dev]
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -23,312 +17,207 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OPERATORS = ROOT / 'requirements' / 'mmcv_ext.py'
-DEFAULT_CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'orepa_mm'
-
-PYTHONS = ('3.10', '3.11', '3.12')
-# pip 25.3 dropped the legacy editable install, the only one that mim can follow.
-PIP = 'pip>=23,<25.3'
-DEPLOYMENT = ['onnx', 'onnxscript', 'onnxruntime', 'safetensors']  # of the constraint file
-DEVELOPMENT = ['pytest==9.0.3', 'pytest-xdist==3.8.0', 'ruff==0.14.5', 'mypy==2.4.1',
-               'timm==1.0.31', 'tensorboard==2.21.0',
-               'hypothesis',  # of the constraint file
-               # the site of `make docs`; mkdocstrings for Python 3.10 needs this pymdown-extensions
-               'mkdocs==1.6.1', 'mkdocs-material==9.7.1', 'mkdocstrings==1.0.0',
-               'mkdocstrings-python==2.0.1', 'pymdown-extensions==10.19']
-
-
-@dataclass(frozen=True)
-class Stack:
-    """What differs between OpenMMLab's own packages and the maintained forks.
-
-    Attributes:
-        constraints: Versions that were seen to work together.
-        setuptools: Version.
-        packages: All but mmcv.
-        mmcv: Distribution that has mmcv's operators, compiled from its source.
-        lite: What pip is given for mmcv's Python files alone.
-    """
-
-    constraints: Path
-    setuptools: str
-    packages: list[str]
-    mmcv: str
-    lite: list[str]
-
-    @property
-    def torch(self) -> list[str]:
-        """What is there before the packages are."""
-        return ['torch==2.12.1', 'torchvision==0.27.1', f'setuptools=={self.setuptools}',
-                'wheel', 'ninja', 'psutil', 'packaging']
-
-    @property
-    def mmcv_names(self) -> list[str]:
-        """Distributions of the module mmcv."""
-        return list(dict.fromkeys(requirement.partition('==')[0]
-                                  for requirement in (self.mmcv, self.lite[-1])))
-
-
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+OPERATORS = HERE / 'mmcv_ext.py'
+#: OpenMMLab's own packages and the maintained forks have the same import names, so each has an
+#: environment of its own: constraints, extra, mmcv without operators and compiled, Pythons.
 STACKS = {
-    'official': Stack(
-        ROOT / 'requirements' / 'constraints.txt', '79.0.1',
-        ['mmengine==0.10.7', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0', 'ftfy',
-         'regex', 'openmim==0.3.9', 'openxlab==0.0.11'], 'mmcv==2.1.0', ['mmcv-lite==2.1.0']),
-    'onedl': Stack(
-        ROOT / 'requirements' / 'constraints-onedl.txt', '81.0.0',
-        ['onedl-mmengine==0.10.12', 'onedl-mmdetection==3.5.1', 'onedl-mmsegmentation==1.4.2',
-         'onedl-mmpretrain==1.3.6', 'onedl-mim==0.5.1', 'openxlab==0.0.11'], 'onedl-mmcv==2.3.6',
-        # there is no -lite: its set-up leaves the operators out where it sees no torch, as in
-        # the environment that pip builds it in; a wheel that pip kept may be a compiled one
-        ['--no-cache-dir', 'onedl-mmcv==2.3.6'])}
+    'official': ('constraints.txt', 'openmmlab', 'mmcv-lite', 'mmcv==2.1.0', range(10, 15)),
+    'onedl': ('constraints-onedl.txt', 'onedl', 'onedl-mmcv', 'onedl-mmcv==2.3.6', range(10, 14))}
 
 
 class SetupError(RuntimeError):
-    """A set-up step failed; the message says which and what to do."""
+    """A step failed; the message says which and what to do."""
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def run(command: list, **kwargs) -> None:
-    """Run a command, streaming its output; raise `SetupError` on failure."""
-    code = subprocess.call([str(part) for part in command], **kwargs)
-    if code:
-        raise SetupError(f'this command ended with code {code}:\n  '
-                         + ' '.join(str(part) for part in command))
-
-
-def version_of(python: str) -> str | None:
-    """'3.11' for a Python that starts, None otherwise."""
+def output(*command, **variables) -> str | None:
+    """What a command prints, None where it fails or is not there."""
     try:
-        return subprocess.run(
-            [python, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'],
-            capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run([str(part) for part in command], text=True, check=True,
+                              env={**os.environ, **variables}, capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def find_python() -> str:
+def find_python(minors: range) -> str:
     """This Python if its version will do, else the newest one on PATH that does."""
-    for python in [sys.executable] + [f'python{v}' for v in reversed(PYTHONS)]:
-        if version_of(python) in PYTHONS:
+    for python in [sys.executable, *(f'python3.{minor}' for minor in reversed(minors))]:
+        version = output(python, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])')
+        if version in [f'3.{minor}' for minor in minors]:
             return python
-    raise SetupError(f'Python {PYTHONS[0]} to {PYTHONS[-1]} is needed (torch and mmcv are '
-                     f'pinned to them), but this is {sys.version.split()[0]} and no other was '
-                     'found on PATH. Install one and call: make setup PYTHON=/path/to/python3.11')
+    raise SetupError(f'Python 3.{minors[0]} to 3.{minors[-1]} is needed, but this is '
+                     f'{sys.version.split()[0]} and no other was found on PATH. Install one and '
+                     f'call: make setup PYTHON=/path/to/python3.{minors[-2]}')
 
 
-@contextmanager
-def locked(path: Path):
-    """Hold an exclusive lock, so that two set-ups do not compile in one folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w') as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f'    waiting for another set-up that holds {path}')
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def has_nvidia_driver() -> bool:
+    return bool(shutil.which('nvidia-smi')) or Path('/proc/driver/nvidia/version').exists()
 
 
 class Environment:
-    """A virtual environment whose finished steps are remembered in a stamp file."""
+    """A virtual environment: its folder, and which stack (a key of `STACKS`) it holds."""
 
-    def __init__(self, path: Path, cache: Path, stack: str = 'official') -> None:
-        self.path, self.cache = path, cache
-        self.stack_name, self.stack = stack, STACKS[stack]
-        self.python = path / 'bin' / 'python'
-        self.stamp_file = path / 'setup.json'
+    def __init__(self, path: Path, stack: str) -> None:
+        self.path, self.stack = path, stack
+        self.python, self.stamp = path / 'bin' / 'python', path / 'setup.json'
+        constraints, self.extra, self.lite, self.full, self.minors = STACKS[stack]
+        self.constraints = HERE / constraints
+        # pip's settings that would put packages elsewhere; a configuration file may say user too
+        self.variables = {name: value for name, value in os.environ.items() if name not in (
+            'PIP_TARGET', 'PIP_PREFIX', 'PIP_ROOT', 'PIP_DRY_RUN', 'PIP_NO_DEPS', 'PYTHONPATH')}
+        self.variables |= {'PIP_USER': '0', 'MMCV_WITH_OPS': '0'}
+        self.uv: Path | None = None
 
-    def create(self) -> None:
-        # Scripts in an environment hold its absolute path: a moved one is rebuilt.
-        python = find_python()
-        identity = f'{self.path.resolve()} {version_of(python)}'
-        if self._stamps().get('environment') == identity and version_of(str(self.python)):
-            if (there := self._stamps().get('stack', 'official')) != self.stack_name:
-                raise SetupError(f'{self.path} holds the packages of the stack {there}, which have '
-                                 f'the same import names as those of {self.stack_name}: give '
-                                 'another folder with --venv, or remove this one.')
-            return
-        say(f'    creating {self.path} with Python {version_of(python)}')
-        if self.path.exists() and not (self.path / 'pyvenv.cfg').exists():
-            raise SetupError(f'{self.path} exists and is no virtual environment: move it away.')
-        run([python, '-m', 'venv', '--clear', self.path])
-        self._write_stamps({'environment': identity, 'stack': self.stack_name})
-
-    def step(self, name: str, key: list, action) -> None:
-        """Run `action` unless it was already done with the same `key`."""
-        digest = hashlib.sha256(json.dumps([str(k) for k in key]).encode()).hexdigest()
-        if self._stamps().get(name) == digest:
-            say(f'    {name}: already done')
-            return
-        say(f'    {name} ...')
-        start = time.time()
-        action()
-        self._write_stamps({**self._stamps(), name: digest})
-        say(f'    {name}: done in {time.time() - start:.0f} s')
-
-    def pip_install(self, *arguments) -> None:
-        run([self.python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments])
-
-    def remembered(self, name: str) -> str | None:
-        """What was noted of an earlier set-up."""
-        return self._stamps().get(name)
-
-    def remember(self, name: str, value: str) -> None:
-        """Note something for the next set-up."""
-        self._write_stamps({**self._stamps(), name: value})
-
-    def ask(self, code: str) -> str:
-        """What `print(...)` of this environment's Python says."""
-        return subprocess.run([str(self.python), '-c', code], check=True, text=True,
-                              capture_output=True).stdout.strip()
-
-    def _stamps(self) -> dict:
+    def made(self) -> dict:
+        """What the set-up noted in the environment."""
         try:
-            return json.loads(self.stamp_file.read_text())
+            return json.loads(self.stamp.read_text())
         except (OSError, ValueError):
             return {}
 
-    def _write_stamps(self, stamps: dict) -> None:
-        temporary = self.stamp_file.with_suffix('.tmp')
-        temporary.write_text(json.dumps(stamps, indent=1))
-        temporary.replace(self.stamp_file)
+    def note(self, **facts) -> None:
+        temporary = self.stamp.with_suffix('.tmp')
+        temporary.write_text(json.dumps({**self.made(), **facts}, indent=1))
+        temporary.replace(self.stamp)
 
+    def create(self) -> None:
+        """Make the environment, or see that the one there is ours and starts."""
+        made, place = self.made(), str(self.path.resolve())
+        if self.path.exists() and any(self.path.iterdir()) and not made:
+            problem = 'was not made by this set-up'
+        elif made.get('stack', self.stack) != self.stack:
+            problem = f'holds the stack {made["stack"]}, which has the same import names'
+        elif made and made['environment'].rpartition(' ')[0] != place:
+            problem = f'was moved: its programs name {made["environment"].rpartition(" ")[0]}'
+        elif output(self.python, '-m', 'pip', '--version'):
+            return
+        elif 'extras' in made:
+            problem = 'was finished, but its Python no longer starts: was that removed?'
+        else:
+            python = find_python(self.minors)
+            shutil.rmtree(self.path / 'bin', ignore_errors=True)  # ours, of an interrupted set-up
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.note(environment=f'{place} {python}', stack=self.stack)
+            return self.run(python, '-m', 'venv', self.path)
+        raise SetupError(f'{self.path} {problem}. It is left as it is: give another folder (make '
+                         f'setup VENV=FOLDER), or move this one away.')
 
-def mmcv_kind(env: Environment) -> str:
-    """full: with compiled operators; lite: with those of torchvision, see mmcv_ext.py.
+    def run(self, *command, **variables) -> None:
+        """Run a command, whose output is shown; raise `SetupError` where it fails."""
+        if subprocess.call(list(map(str, command)), env={**self.variables, **variables}):
+            raise SetupError(f'this command failed:\n  {" ".join(map(str, command))}' + (
+                '' if output(self.python, '-m', 'pip', 'index', 'versions', 'pip') else
+                '\nThe package index does not answer: there is no network, or pip is not set up '
+                'for the one that there is (proxy, mirror, certificates: pip config list).'))
 
-    What was asked for, now or before; else full where it can be compiled, or was.
-    """
-    asked = os.environ.get('MMCV') or env.remembered('mmcv kind')
-    if asked not in (None, 'full', 'lite'):
-        raise SetupError(f'MMCV={asked} is neither full nor lite.')
-    if asked is None:
-        folder, cuda = wheel_folder(env)
-        missing = [] if list(folder.glob('*.whl')) else missing_for_mmcv(env, cuda)
-        asked = 'lite' if missing else 'full'
-        if missing:
-            say(f'    mmcv cannot be compiled here, there is no {" and no ".join(missing)}: its '
-                'operators will be those of torchvision (compile them later: make setup MMCV=full)')
-    env.remember('mmcv kind', asked)
-    return asked
+    def pip(self, *arguments) -> None:
+        self.run(self.python, '-m', 'pip', '--disable-pip-version-check', *arguments)
 
+    def installer(self) -> list:
+        """The command that installs, without what it installs."""
+        if self.uv is None:
+            return [self.python, '-m', 'pip', 'install', '-c', self.constraints]
+        return [self.uv, 'pip', 'install', '--python', self.python, '-c', self.constraints,
+                '--override', HERE / 'overrides.txt']
 
-def missing_for_mmcv(env: Environment, cuda: bool) -> list[str]:
-    """What mmcv's operators are compiled with, and this machine does not have."""
-    headers = env.ask('import sysconfig; print(sysconfig.get_path("include"))')
-    tools = {'C++ compiler': os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++'),
-             'Python.h': (Path(headers) / 'Python.h').exists()}
-    if cuda:
-        tools['nvcc'] = os.environ.get('CUDA_HOME') or shutil.which('nvcc')
-    return [name for name, found in tools.items() if not found]
+    def install(self, *requirements) -> None:
+        self.run(*self.installer(), *requirements)
 
+    def find_uv(self) -> None:
+        """Install pip and uv, and give uv the index and the certificates that pip has."""
+        self.pip('install', '-q', '-c', self.constraints, 'pip')
+        try:
+            self.pip('install', '-q', '--only-binary', ':all:', '-c', self.constraints, 'uv')
+        except SetupError:
+            return print('there is no uv for this machine: pip goes on, which takes longer')
+        self.uv = self.path / 'bin' / 'uv'
+        names = {'index-url': 'UV_DEFAULT_INDEX', 'cert': 'SSL_CERT_FILE'}
+        for setting, value in re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", output(
+                self.python, '-m', 'pip', 'config', 'list') or '', re.MULTILINE):
+            if setting in names:
+                self.variables.setdefault(names[setting], value)
 
-def install_mmcv(env: Environment, kind: str) -> None:
-    """Install mmcv in place of whichever there is: both kinds have the same files."""
-    wheel = [mmcv_wheel(env)] if kind == 'full' else env.stack.lite
-    run([env.python, '-m', 'pip', '--disable-pip-version-check', 'uninstall', '-qy',
-         *env.stack.mmcv_names], stderr=subprocess.DEVNULL)  # it warns of what is not there
-    env.pip_install('-q', '--no-deps', *wheel)
-    if kind == 'lite':
-        packages = env.ask('import sysconfig; print(sysconfig.get_path("purelib"))')
-        shutil.copyfile(OPERATORS, Path(packages) / 'mmcv' / '_ext.py')
+    def lacks_cuda(self) -> bool:
+        """Whether a build for processors meets a driver, as from a login node to a GPU."""
+        return ('UV_TORCH_BACKEND' not in os.environ and has_nvidia_driver() and output(
+            self.python, '-c', 'import torch; print(torch.version.cuda)') == 'None')
 
+    def install_torch(self) -> None:
+        """The build for this machine's driver, from PyTorch's own index where that answers."""
+        pair, asked = ['torch', 'torchvision'], os.environ.get('UV_TORCH_BACKEND')
+        if self.uv is None:
+            return self.install(*pair)
+        options = ['--torch-backend', asked or 'auto']
+        if self.lacks_cuda():
+            options += ['--reinstall-package', 'torch', '--reinstall-package', 'torchvision']
+        if not asked and output(*self.installer(), '--dry-run', *pair, *options,
+                                **self.variables | {'UV_HTTP_RETRIES': '1'}) is None:
+            print("PyTorch's own index does not answer: torch comes from the default one" + (
+                '' if has_nvidia_driver() else
+                ', with 3.4 GB of CUDA libraries that nothing here uses'), flush=True)
+            options = options[2:]
+        return self.install(*pair, *options)
 
-def wheel_folder(env: Environment) -> tuple[Path, bool]:
-    """Where the compiled wheel for this environment is kept, and whether it has CUDA operators."""
-    facts = env.ask('import sys, torch, platform; '
-                    'print(f"cp{sys.version_info[0]}{sys.version_info[1]}", torch.__version__, '
-                    'platform.machine(), torch.cuda.is_available())').split()
-    cuda = facts.pop() == 'True' or os.environ.get('FORCE_CUDA', '0') == '1'
-    key = '-'.join([env.stack.mmcv.replace('==', ''), *facts, 'cuda' if cuda else 'cpu'])
-    return env.cache / 'wheels' / key, cuda
+    def install_mmcv(self, kind: str) -> None:
+        operators = Path(output(self.python, '-c', 'import sysconfig as s; print(s.get_path("pur'
+                                'elib"))')) / 'mmcv' / '_ext.py'
+        if operators.parent.exists() and operators.exists() != (kind == 'lite'):
+            # both kinds have the same files
+            self.pip('uninstall', '-qy', self.lite, self.full.partition('==')[0])
+        if kind == 'lite':
+            self.install('--no-deps', self.lite)
+            shutil.copyfile(OPERATORS, operators)
+        elif not self.has_operators():
+            print(f'compiling {self.full}: 7 to 13 minutes on 2 cores. It needs a C++17 compiler '
+                  "and Python's headers (Debian: apt-get install g++ python3-dev)", flush=True)
+            self.install('ninja', 'psutil', 'wheel', 'packaging')
+            self.run(self.python, '-m', 'pip', 'install', '-v', '--no-deps', '--force-reinstall',
+                     # pip's cache would give a wheel that was compiled for another torch
+                     '--no-cache-dir', '--no-binary', ':all:', '--no-build-isolation', self.full,
+                     MMCV_WITH_OPS='1',
+                     MAX_JOBS=os.environ.get('MAX_JOBS', str(os.cpu_count() or 2)),
+                     # its setup.py calls the ninja of the environment
+                     PATH=f'{self.path.resolve() / "bin"}{os.pathsep}{os.environ["PATH"]}')
 
+    def has_operators(self) -> bool:
+        """Whether mmcv's are compiled for this torch, and for the GPU if it reaches one."""
+        return output(self.python, '-c', 'import torch, mmcv.ops as ops; assert ops.'
+                      'get_compiling_cuda_version() != "not available" or not '
+                      'torch.cuda.is_available()') is not None
 
-def mmcv_wheel(env: Environment) -> Path:
-    """The compiled mmcv wheel for this environment, from the cache or built into it."""
-    folder, cuda = wheel_folder(env)
-    with locked(folder.with_name(f'{folder.name}.lock')):
-        if not list(folder.glob('*.whl')):
-            build_mmcv(env, folder, cuda)
-        wheel = next(folder.glob('*.whl'))
-    say(f'    wheel: {wheel}')
-    return wheel
-
-
-def build_mmcv(env: Environment, folder: Path, cuda: bool) -> None:
-    """Compile mmcv with its operators; an interrupted build goes on where it was."""
-    say(f'    compiling {env.stack.mmcv} ({"CUDA" if cuda else "CPU"} operators), once for this '
-        'torch: 7 to 13 minutes on 2 cores')
-    folder.mkdir(parents=True, exist_ok=True)
-    name = env.stack.mmcv.replace('-', '_').replace('==', '-')
-    source = folder / 'source' / name
-    pip = [env.python, '-m', 'pip', '--disable-pip-version-check']
-    if not source.exists():
-        run([*pip, 'download', '--no-binary', ':all:', '--no-deps', '--no-build-isolation',
-             '--no-cache-dir', '-q', '-d', folder / 'source', env.stack.mmcv])
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            with tarfile.open(folder / 'source' / f'{name}.tar.gz') as archive:
-                # early patch releases of Python 3.10 and 3.11 know no filters
-                safe = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
-                archive.extractall(temporary, **safe)
-            (Path(temporary) / name).rename(source)
-    environment = dict(os.environ, MMCV_WITH_OPS='1', FORCE_CUDA='1' if cuda else '0',
-                       MAX_JOBS=os.environ.get('MAX_JOBS', str(os.cpu_count() or 2)),
-                       # setup.py calls the ninja that lies beside the environment's Python
-                       PATH=f'{env.path.resolve() / "bin"}{os.pathsep}{os.environ["PATH"]}')
-    log_file, built = folder / 'build.log', folder / 'built'
-    command = [*pip, 'wheel', '-v', '--no-build-isolation', '--no-deps', '--no-cache-dir',
-               '-w', built, source]
-    with log_file.open('w') as log:
-        process = subprocess.Popen([str(part) for part in command], env=environment, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for line in process.stdout:
-            log.write(line)
-            done = re.match(r'\s*\[(\d+)/(\d+)\]', line)
-            if done and (int(done[1]) % 10 == 0 or done[1] == done[2]):
-                say(f'      compiled {done[1]} of {done[2]} files')
-    if process.wait():
-        tail = ''.join(log_file.read_text().splitlines(keepends=True)[-30:])
-        raise SetupError(f'mmcv did not compile. The end of {log_file}:\n{tail}\n'
-                         "Are a C++17 compiler and Python's headers installed? "
-                         '(Debian: apt-get install g++ python3-dev)')
-    wheel = next(built.glob('*.whl'))
-    wheel.rename(folder / wheel.name)
-    for leftover in (built, folder / 'source'):
-        shutil.rmtree(leftover)
-
-
-def set_up(env: Environment) -> None:
-    stack, constraints = env.stack, ['-c', env.stack.constraints]
-    pins = stack.constraints.read_text()
-    say(f'Setting up {env.path} (cache: {env.cache})')
-    env.create()
-    env.step('pip', [PIP], lambda: env.pip_install('-q', PIP))
-    env.step('torch', [stack.torch, pins], lambda: env.pip_install(*constraints, *stack.torch))
-    env.step('OpenMMLab', [stack.packages, pins],
-             lambda: env.pip_install(*constraints, *stack.packages))
-    kind, version = mmcv_kind(env), stack.mmcv.partition('==')[2]
-    key = ([version, stack.torch, os.environ.get('FORCE_CUDA', '0')] if kind == 'full' else
-           [version, kind, OPERATORS.read_text()])
-    env.step('mmcv', key, lambda: install_mmcv(env, kind))
-    env.step('ONNX and safetensors', [DEPLOYMENT, pins],
-             lambda: env.pip_install('-q', *constraints, *DEPLOYMENT))
-    env.step('test tools', [DEVELOPMENT], lambda: env.pip_install('-q', *constraints, *DEVELOPMENT))
-    env.step('orepa_mm', [(ROOT / 'setup.py').read_text()], lambda: env.pip_install(
-        '-q', '--no-use-pep517', '--no-build-isolation', '--no-deps', '-e', ROOT))
-    env.step('check', [pins, kind, stack.packages, DEPLOYMENT, DEVELOPMENT],
-             lambda: run([env.python, '-m', 'orepa_mm.doctor']))
+    def set_up(self, extras: list[str]) -> None:
+        """Bring the environment to what is asked for; do nothing where it is there."""
+        self.create()
+        made = self.made()
+        kind = os.environ.get('MMCV') or made.get('mmcv', 'lite')
+        if kind not in ('full', 'lite'):
+            raise SetupError(f'MMCV={kind} is neither full nor lite.')
+        extras = sorted({*extras, *made.get('extras', [])})
+        sources = (ROOT / 'setup.py', self.constraints, HERE / 'overrides.txt', OPERATORS)
+        key = hashlib.sha256(repr([kind, extras, os.environ.get('UV_TORCH_BACKEND'), *(
+            source.read_text() for source in sources)]).encode()).hexdigest()
+        if made.get('done') == key and not self.lacks_cuda() and (
+                kind == 'lite' or not has_nvidia_driver() or self.has_operators()):
+            return
+        self.find_uv()
+        self.install_torch()
+        self.install('setuptools', 'opencv-python-headless')
+        wanted = [self.extra, 'onnx', 'safetensors', *extras]
+        legacy = ['--no-use-pep517', '--no-build-isolation', '-e']  # mim follows no other install
+        if self.uv:
+            self.install('-r', ROOT / 'setup.py', *(f'--extra={extra}' for extra in wanted))
+            self.pip('install', '-qq', '--no-deps', *legacy, ROOT)
+        else:
+            self.install('-qq', *legacy, f'{ROOT}[{",".join(wanted)}]')
+        if output(self.python, '-m', 'pip', 'show', 'opencv-python'):  # of the same files
+            self.pip('uninstall', '-qy', 'opencv-python', 'opencv-python-headless')
+            self.install('--no-deps', 'opencv-python-headless')
+        self.install_mmcv(kind)
+        self.run(self.python, '-m', 'orepa_mm.doctor')
+        self.note(done=key, mmcv=kind, extras=extras)
 
 
 def main() -> int:
@@ -337,15 +226,14 @@ def main() -> int:
                         help="OpenMMLab's own packages (default) or the maintained forks")
     parser.add_argument('--venv', type=Path,
                         help='where to build it (default: .venv, and .venv-onedl for the forks)')
-    parser.add_argument('--cache', type=Path, default=DEFAULT_CACHE,
-                        help='where the compiled mmcv wheel is kept')
+    parser.add_argument('--extra', action='append', default=[], choices=['test', 'dev'],
+                        help='what tests or development need, beside what users need')
     args = parser.parse_args()
     try:
         name = '.venv' if args.stack == 'official' else f'.venv-{args.stack}'
-        set_up(Environment(args.venv or ROOT / name, args.cache, args.stack))
+        Environment(args.venv or ROOT / name, args.stack).set_up(args.extra)
     except SetupError as error:
-        print(f'\nset-up stopped: {error}\nWhat was done is kept: call the same command again '
-              'to go on.', file=sys.stderr)
+        print(f'\nset-up stopped: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('\ninterrupted: call the same command again to go on.', file=sys.stderr)

@@ -1,0 +1,5 @@
+"""All that knows MMEngine."""
+
+from .patches import patch
+
+patch()
