@@ -22,6 +22,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 OPERATORS = HERE / 'mmcv_ext.py'
+#: What every Python of the environment runs first: 3.14 dropped a name that MMEngine and mmcv call,
+#: and deployed models need nothing of this package, which puts it back too (patches.py).
+FIND_LOADER = (
+    'import pkgutil, importlib.util; hasattr(pkgutil, "find_loader") or setattr(pkgutil, "find_'
+    'loader", lambda name: getattr(importlib.util.find_spec(name), "loader", None))\n')
 #: OpenMMLab's own packages and the maintained forks have the same import names, so each has an
 #: environment of its own: constraints, extra, mmcv without operators and compiled, Pythons.
 STACKS = {
@@ -162,8 +167,10 @@ class Environment:
         return self.install(*pair, *options)
 
     def install_mmcv(self, kind: str) -> None:
-        operators = Path(output(self.python, '-c', 'import sysconfig as s; print(s.get_path("pur'
-                                'elib"))')) / 'mmcv' / '_ext.py'
+        packages = Path(output(self.python, '-c', 'import sysconfig; '
+                               'print(sysconfig.get_path("purelib"))'))
+        (packages / 'find_loader.pth').write_text(FIND_LOADER)
+        operators = packages / 'mmcv' / '_ext.py'
         if operators.parent.exists() and operators.exists() != (kind == 'lite'):
             # both kinds have the same files
             self.pip('uninstall', '-qy', self.lite, self.full.partition('==')[0])
@@ -196,7 +203,8 @@ class Environment:
         if kind not in ('full', 'lite'):
             raise SetupError(f'MMCV={kind} is neither full nor lite.')
         extras = sorted({*extras, *made.get('extras', [])})
-        sources = (ROOT / 'setup.py', self.constraints, HERE / 'overrides.txt', OPERATORS)
+        sources = (ROOT / 'setup.py', self.constraints, HERE / 'overrides.txt', OPERATORS,
+                   HERE / 'install.py')
         key = hashlib.sha256(repr([kind, extras, os.environ.get('UV_TORCH_BACKEND'), *(
             source.read_text() for source in sources)]).encode()).hexdigest()
         if made.get('done') == key and not self.lacks_cuda() and (

@@ -1,9 +1,9 @@
-"""What is put in place of names of others.
+"""What is put in place of names of others: the name, why, and what breaks without it.
 
-| name | why | what breaks without it |
-| --- | --- | --- |
-| `pkgutil.find_loader`, where it is missing | Python 3.14 dropped it; MMEngine 0.10.7 and mmcv 2.1 call it | `collect_env` before every run, and mmcv's check of operators |
-| `collect_env` of MMEngine's runners | asks a shell for the compiler that Python was built with | `x86_64-linux-gnu-gcc: not found` in the middle of a training log |
+- `pkgutil.find_loader`, where it is missing. Python 3.14 dropped it, MMEngine 0.10.7 and mmcv 2.1
+  call it: every run ends when it collects the environment.
+- `collect_env` of MMEngine's runners. It asks a shell for the compiler that Python was built with:
+  where there is none, `x86_64-linux-gnu-gcc: not found` stands in the middle of a training log.
 """
 
 from __future__ import annotations

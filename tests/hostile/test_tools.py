@@ -165,6 +165,7 @@ def test_files_and_folders_that_may_not_be_read_or_written(room, nothing_changes
     for folder in (nothing_changes, *nothing_changes.parents):  # pytest's own are closed to others
         if os.access(folder, os.W_OK) and len(folder.parts) > 2:
             folder.chmod(folder.stat().st_mode | 0o055)
+    nothing_changes.chmod(0o777)  # so that the secret file is what stands in the way
 
     def become_another():
         if os.geteuid() == 0:

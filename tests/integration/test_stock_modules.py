@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import randomize, relative_error, vary_scales
+from helpers import needs_compiled, randomize, relative_error, vary_scales
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -62,7 +62,9 @@ def assert_deploys(model, forward):
     return deployed
 
 
-@pytest.mark.parametrize('name', BACKBONES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=needs_compiled if 'dcn' in cfg else ())
+    for name, cfg in BACKBONES.items()])
 def test_backbone(name):
     cfg = BACKBONES[name]
     model = MODELS.build(cfg if 'OREPA' in cfg['type'] else {**cfg, 'conv_cfg': OREPA})
