@@ -113,10 +113,12 @@ class Environment:
     def run(self, *command, **variables) -> None:
         """Run a command, whose output is shown; raise `SetupError` where it fails."""
         if subprocess.call(list(map(str, command)), env={**self.variables, **variables}):
+            pip = [self.python, '-m', 'pip']
+            silent = output(*pip, '--version') and not output(*pip, 'index', 'versions', 'pip')
             raise SetupError(f'this command failed:\n  {" ".join(map(str, command))}' + (
-                '' if output(self.python, '-m', 'pip', 'index', 'versions', 'pip') else
                 '\nThe package index does not answer: there is no network, or pip is not set up '
-                'for the one that there is (proxy, mirror, certificates: pip config list).'))
+                'for the one that there is (proxy, mirror, certificates: pip config list).'
+                if silent else ''))
 
     def pip(self, *arguments) -> None:
         self.run(self.python, '-m', 'pip', '--disable-pip-version-check', *arguments)
@@ -141,7 +143,7 @@ class Environment:
         self.uv = self.path / 'bin' / 'uv'
         names = {'index-url': 'UV_DEFAULT_INDEX', 'cert': 'SSL_CERT_FILE'}
         for setting, value in re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", output(
-                self.python, '-m', 'pip', 'config', 'list') or '', re.MULTILINE):
+                self.python, '-m', 'pip', 'config', 'list', **self.variables) or '', re.M):
             if setting in names:
                 self.variables.setdefault(names[setting], value)
 

@@ -270,9 +270,11 @@ def test_settings_that_send_packages_elsewhere_do_not_reach_pip(folder, monkeypa
     assert not {'PIP_TARGET', 'PIP_PREFIX', 'PIP_ROOT', 'PIP_NO_DEPS', 'PIP_DRY_RUN'} & found.keys()
 
 
-@pytest.mark.parametrize(('index', 'said'), [(None, True), ('yes', False)])
-def test_a_failure_without_a_network_says_so(folder, answers, index, said):
-    answers['pip index versions'] = index
+@pytest.mark.parametrize(('pip', 'index', 'said'), [
+    ('yes', None, True), ('yes', 'yes', False), (None, None, False)])
+def test_a_failure_without_a_network_says_so(folder, answers, pip, index, said):
+    """Where there is no pip, it was `python -m venv` that failed, and says why."""
+    answers |= {'pip index versions': index, 'pip --version': pip}
     with pytest.raises(install.SetupError) as error:
         install.Environment(folder, 'official').run(sys.executable, '-c', 'raise SystemExit(2)')
     assert ('The package index does not answer: there is no network' in str(error.value)) == said
