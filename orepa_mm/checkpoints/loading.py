@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
@@ -95,6 +96,23 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
     if unused:
         print_log(f'{source}: not used are {shortened(unused)}', 'current')
     module.load_state_dict(state, strict=False)
+
+
+def pretrained_cfgs(init_cfg: Any) -> Iterator[Mapping[str, Any]]:
+    """What an `init_cfg` loads, in whichever way a config says so.
+
+    Args:
+        init_cfg: As of MMEngine's modules: a dictionary, several, or None; its
+            `type` a name, a name with its scope, or the class.
+
+    Yields:
+        The dictionaries of type `Pretrained`.
+    """
+    for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or ():
+        kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+        if (issubclass(kind, PretrainedInit) if isinstance(kind, type) else
+                str(kind).rpartition('.')[2] in ('Pretrained', 'PretrainedInit')):
+            yield cfg
 
 
 def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> list[str]:
