@@ -9,8 +9,8 @@ from helpers import ROOT, run
 import orepa_mm
 
 #: A room imports only from rooms before it.
-FLOORS = ('version', 'files', 'errors', 'openmmlab', 'layers', 'checkpoints', 'backbones', 'datasets', 'reparam',
-          'export', 'engine', 'analysis', 'workflow')
+FLOORS = ('version', 'files', 'errors', 'layers', 'checkpoints', 'openmmlab', 'backbones',
+          'datasets', 'reparam', 'export', 'engine', 'analysis', 'workflow')
 #: They look at everything: the doctor, and the package's own door.
 EXEMPT = ('doctor', 'orepa_mm')
 PACKAGE = ROOT / 'orepa_mm'

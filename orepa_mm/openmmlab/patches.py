@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `pkgutil.find_loader`, where it is missing | Python 3.14 dropped it; MMEngine 0.10.7 and mmcv 2.1 call it | `collect_env` before every run, and mmcv's check of operators |
 | `collect_env` of MMEngine's runners | asks a shell for the compiler that Python was built with | `x86_64-linux-gnu-gcc: not found` in the middle of a training log |
+| `DefaultOptimWrapperConstructor.__call__`, which those of the toolboxes inherit | it tells parameters by their names | `custom_keys={'X.weight': ...}` reaches the branches of the layer X and not its scales, or a part of a DBB |
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ def patch() -> None:
     for module in (runners, strategies):
         if not hasattr(module.collect_env, '__wrapped__'):
             module.collect_env = _without_missing_compiler(module.collect_env)
+    from mmengine.optim import DefaultOptimWrapperConstructor
+
+    from .paramwise import with_whole_layers
+    if not hasattr(DefaultOptimWrapperConstructor.__call__, '__wrapped__'):
+        DefaultOptimWrapperConstructor.__call__ = with_whole_layers(
+            DefaultOptimWrapperConstructor.__call__)
 
 
 def _find_loader(name: str) -> Any:
