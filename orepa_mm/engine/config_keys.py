@@ -108,7 +108,7 @@ def _settings(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _without_scope(value: Any) -> Any:
-    """The value; of dictionaries without the scope that MMEngine notes for those of other packages."""
+    """The value, without the scope that MMEngine notes in what comes from other packages."""
     if isinstance(value, dict):
         return {key: _without_scope(item) for key, item in value.items() if key != '_scope_'}
     return [*map(_without_scope, value)] if isinstance(value, (list, tuple)) else value

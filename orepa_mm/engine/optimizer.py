@@ -138,8 +138,8 @@ def _refuse_other_groups(optimizer: Optimizer, state_dict: dict) -> None:
                     raise CheckpointError(
                         f'the optimizer to resume has as many parameter groups, {own}, but others '
                         f'in them: where it has a {moment} of shape {tuple(found.shape)}, this run '
-                        f'has a parameter of shape {tuple(parameter.shape)}. To go on with it, take '
-                        'the paramwise_cfg that it had')
+                        f'has a parameter of shape {tuple(parameter.shape)}. To go on with it, '
+                        'take the paramwise_cfg that it had')
         return
     option = '--cfg-options optim_wrapper.paramwise_cfg.merge_groups='
     raise CheckpointError(

@@ -13,7 +13,7 @@ from ..layers import ReparamConv2d, reparam_layers
 
 
 def with_whole_layers(build: Callable[..., Any]) -> Callable[..., Any]:
-    """An optimizer constructor's `__call__`, to which a layer that generates its kernel is one thing.
+    """An optimizer constructor's `__call__`, to which a layer with branches is one thing.
 
     MMEngine takes the longest key of `custom_keys` that is found anywhere in the name of a
     parameter. Here a key that is found in `X.weight` is for every parameter of the layer `X` but
@@ -55,7 +55,7 @@ def _rules_of_layers(model: nn.Module, options: Mapping[str, Any]) -> dict[str, 
 
 
 def _branches(model: nn.Module) -> Iterator[tuple[str, str, ReparamConv2d, nn.Module]]:
-    """Of each parameter of a layer but its bias: name, name of the layer, it, and the part it is of."""
+    """Each parameter of a layer but its bias: name, the layer's name, it, the part that has it."""
     layers = set(reparam_layers(model))
     for prefix, layer in model.named_modules():
         for path, part in layer.named_modules() if layer in layers else ():

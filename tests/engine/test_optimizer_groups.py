@@ -226,7 +226,7 @@ def test_a_state_of_as_many_groups_but_others(optimizer):
     saved = wrapper_of(model, OPTIMIZERS[optimizer], dict(norm_decay_mult=0.))
     course(model, saved)
     other = wrapper_of(model, OPTIMIZERS[optimizer], dict(bias_decay_mult=0.))
-    with pytest.raises(CheckpointError, match='but others in them.*the paramwise_cfg that it had'):
+    with pytest.raises(CheckpointError, match=r'but others in them.*the paramwise_cfg that it had'):
         other.load_state_dict(saved.state_dict())
     wrapper_of(model, OPTIMIZERS[optimizer], dict(norm_decay_mult=0.)).load_state_dict(
         saved.state_dict())
