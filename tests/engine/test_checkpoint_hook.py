@@ -2,11 +2,8 @@
 
 import itertools
 import multiprocessing
-import os
-import platform
 import random
 import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -160,17 +157,14 @@ def test_what_a_killed_run_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_hook._RemovesLater, 'remove_now', lambda self, kept: None)
     run(tmp_path, max_iters=4, resume=True, **options)
     monkeypatch.undo()
-    dead = subprocess.Popen(['true'])
-    dead.wait()
-    of = f'new-{platform.node()}-{dead.pid}-abcd'
-    alive = f'.iter_6.new-{platform.node()}-{os.getpid()}-abcd.pth'  # of a run beside this one
-    for name in (f'.iter_6.{of}.pth', f'.best_acc_iter_6.{of}.pth', f'.last_checkpoint.{of}', alive,
-                 '.mine.pth', 'iter_1.pth'):
+    for name in ('.iter_6.new-0123abcd.pth', '.best_acc_iter_6.new-0123abcd.pth',
+                 '.last_checkpoint.new-0123abcd', '.mine.pth', 'iter_1.pth'):
         (tmp_path / name).write_text('')
     assert 'iter_2.pth' in written(tmp_path)
-    run(tmp_path, max_iters=4, resume=True, **options)
-    assert written(tmp_path) == sorted([alive, '.mine.pth', 'iter_1.pth', 'iter_4.pth',
-                                        'last_checkpoint'])
+    with files.written_whole(tmp_path / 'iter_6.pth') as alive:  # of a run beside this one
+        run(tmp_path, max_iters=4, resume=True, **options)
+        assert written(tmp_path) == sorted([alive.name, '.mine.pth', 'iter_1.pth', 'iter_4.pth',
+                                            'last_checkpoint'])
 
 
 def test_six_kills_lose_at_most_the_last_interval(tmp_path):
