@@ -9,7 +9,7 @@ from helpers import ROOT, run
 import orepa_mm
 
 #: A room imports only from rooms before it.
-FLOORS = ('version', 'files', 'errors', 'layers', 'checkpoints', 'openmmlab', 'backbones',
+FLOORS = ('version', 'files', 'errors', 'layers', 'checkpoints', 'backbones', 'openmmlab',
           'datasets', 'reparam', 'export', 'engine', 'analysis', 'workflow')
 #: They look at everything: the doctor, and the package's own door.
 EXEMPT = ('doctor', 'orepa_mm')

@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CheckpointError
 from ..layers import ReparamConv2d, adjacent_children, reparam_layers
-from .forms import module_notes, noted, with_module_notes
+from .forms import module_notes, with_module_notes
 from .io import require_values
 
 
-def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source: str | None = None
-                        ) -> Mapping[str, Any]:
+def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any],
+                        source: str = 'the checkpoint') -> Mapping[str, Any]:
     """Replace plain kernels by branches, for every layer of the model that generates its kernel.
 
     The branches are those that the model has now, but for the origin branch (in
@@ -37,7 +37,7 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
     Args:
         model: In training form or not, maybe wrapped.
         state_dict: What is to be loaded into it; left as it is.
-        source: What to call it in the log; by default what the reader noted.
+        source: What to call it in the log.
 
     Returns:
         The given state dict, if nothing is expanded. Otherwise one with
@@ -66,8 +66,8 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
         expanded.update(branches.get(key, {key: value}))
     done = {layer for prefix, layer in layers if f'{prefix}weight' in branches}
     print_log(
-        f'{source or noted(state_dict, "source") or "the checkpoint"}: plain weights were expanded '
-        f'into {len(done)} of the {len({layer for _, layer in layers})} layers of '
+        f'{source}: plain weights were expanded into {len(done)} of the '
+        f'{len({layer for _, layer in layers})} layers of '
         f'{type(model).__name__} that are in training form. It computes what the plain model '
         'computes with them; the branches beside the origin branch start as the model has them. '
         'Train on, then re-parameterize: the cost to run is that of the plain model',

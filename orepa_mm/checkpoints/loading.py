@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, shortened
 from .expansion import expanded_state_dict
+from .forms import without_mark
 from .guard import require_same_form
 from .io import below, load_checkpoint, model_state_dict, require_values
 
@@ -47,7 +48,7 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
     if unused:
         raise CheckpointError(f'{path} does not fit {type(model).__name__}, which has no '
                               f'{shortened(unused)}')
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(without_mark(state), strict=False)
     return checkpoint
 
 
@@ -119,6 +120,7 @@ def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -
     """The keys that the module does not have; an error if what it has does not fit."""
     with _named(source):
         require_same_form(module, state)
+    state = without_mark(state)
     twin = _without_memory(module)
     try:
         with warnings.catch_warnings():

@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..layers import adjacent_children
+from ..layers import FoldedNorm, adjacent_children
 
 
 def fold_batch_norm(model: nn.Module) -> int:
     """Fold every BN into the plain convolution right before it, in place.
 
     The sums are PyTorch's own (`torch.nn.utils.fusion`), in float64. A folded
-    BN is replaced by `nn.Identity`, so that the stock code around it still
-    runs; in the state dict only the convolution and its new bias are left.
+    BN is replaced by an identity, so that the stock code around it still runs; in
+    the state dict the convolution, its new bias and a mark, `folded_norm`, are left.
     Dtype, device, memory format, training flag and `requires_grad` are kept.
     What the model computes in eval mode stays; trained further, it would have
     no BN.
@@ -47,7 +47,7 @@ def fold_batch_norm(model: nn.Module) -> int:
         >>> fold_batch_norm(model)
         1
         >>> model[1]
-        Identity()
+        FoldedNorm()
     """
     uses = Counter(child for module in model.modules()
                    for child in module._modules.values() if child is not None)
@@ -56,10 +56,7 @@ def fold_batch_norm(model: nn.Module) -> int:
         if (follows(parent, conv, norm) and uses[conv] == uses[norm] == 1
                 and parent._modules[conv_name] is conv):
             parent._modules[conv_name] = _fused(conv, norm)  # type: ignore[arg-type]  # see follows
-            identity = nn.Identity().train(norm.training)
-            # tells a folded model from one without BN
-            identity.folded_norm = True  # type: ignore[assignment]
-            parent._modules[norm_name] = identity
+            parent._modules[norm_name] = FoldedNorm().train(norm.training)
             folded += 1
     return folded
 
@@ -77,7 +74,7 @@ def build_bn_folded(model_type: str, **cfg: Any) -> nn.Module:
         **cfg: Its config.
 
     Returns:
-        The stock model, `nn.Identity` in place of each folded BN.
+        The stock model, `FoldedNorm` in place of each folded BN.
 
     Example:
         >>> model = dict(type='BNFolded', model_type='FasterRCNN', backbone=...)

@@ -90,7 +90,7 @@ def test_the_given_rules_stay_as_they_are():
     rules = {'a.0.weight': dict(lr_mult=0.5)}
     from mmengine.optim import DefaultOptimWrapperConstructor as Stock
     patch()
-    assert not hasattr(Stock.__call__.__wrapped__, '__wrapped__')  # once
+    assert not hasattr(Stock.__call__.__wrapped__, '_orepa_mm')  # once
     constructor = Stock(dict(optimizer=dict(type='SGD', lr=0.1)), dict(custom_keys=rules))
     constructor(Net(KINDS['kxk']))
     assert constructor.paramwise_cfg == dict(custom_keys={'a.0.weight': dict(lr_mult=0.5)})
