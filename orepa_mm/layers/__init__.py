@@ -3,7 +3,7 @@
 from .base import ReparamConv2d
 from .branches import branched_layers, mean_similarity, relative_norms, shares, similarities
 from .builder import build_dbb_conv, build_orepa_conv
-from .cached import cached
+from .sharing import cached
 from .dbb import DBBConv2d
 from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, OREPARepVGGOnlineConv2d
 from .stem import OREPAStemConv2d

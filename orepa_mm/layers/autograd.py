@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ..logs import log
 from . import gradients, squeeze
-from .cached import _functorch_is_active, is_recorded
+from .sharing import _functorch_is_active, is_recorded
 from .precision import without_autocast
 
 #: `_Compiled` looks at shapes itself; what is generated checks them again.

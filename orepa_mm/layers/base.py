@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CheckpointError
-from .cached import current, is_recorded
+from .sharing import current, is_recorded
 from .constants import WithConstants
 from .generated import GeneratedKernel
 from .precision import without_autocast
@@ -392,7 +392,7 @@ class _Parameters(dict[str, 'nn.Parameter | None']):
 
 def _refuse(name: str) -> NoReturn:
     if name == 'weight':
-        raise KeyError(
+        raise TypeError(
             'the weight of this convolution is generated from branches, and is no parameter that '
             "could be pruned, normalised or parametrized: take one of those that named_parameters() "
             "lists, e.g. name='weight_orepa_origin', or a plain convolution")

@@ -145,11 +145,14 @@ class DBBConv2d(ReparamConv2d):
         y = self.dbb_origin(x) + self.dbb_1x1(x) + average + self.dbb_1x1_kxk(x)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
-    def _read_weight(self) -> Tensor:
-        raise AttributeError('the kernel of a DBBConv2d comes with a bias and cannot be set: '
-                             'equivalent_kernel_bias() gives both')
+    def __getattr__(self, name: str) -> Any:
+        if name == 'weight':
+            raise AttributeError('the kernel of a DBBConv2d comes with a bias and cannot be set: '
+                                 'equivalent_kernel_bias() gives both')
+        return super().__getattr__(name)
 
-    weight = property(_read_weight)
+    #: None to be had alone: whoever asks for it is told by `__getattr__`.
+    weight = property(lambda self: self.__getattr__('weight'))
 
     def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
                 ) -> Tensor:

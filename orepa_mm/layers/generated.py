@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..logs import log
-from .cached import Sources
+from .sharing import Sources
 
 if TYPE_CHECKING:
     from .base import ReparamConv2d
@@ -63,21 +63,18 @@ class GeneratedKernel(Tensor):
         kwargs = kwargs or {}
         kernels = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
-            if func == _SET_DATA and isinstance(args[0], cls):
+            if func in (_SET_DATA, Tensor.set_) and isinstance(args[0], cls):
                 _plain(args[0]).detach().copy_(_plain(args[1]))
                 _pass_on(args[0])
-                return None
+                return args[0]
             if func in (_SET_REQUIRES_GRAD, Tensor.requires_grad_) and args[0] is kernels[0] and (
                     kernels[0].__dict__.get('is_weight')):
                 return _require_grad(*args, **kwargs)
-            before = [(kernel._version, _address(kernel)) for kernel in kernels]
+            versions = [kernel._version for kernel in kernels]
             args, kwargs = tree_map(_plain, (args, kwargs))
             result = func(*args, **kwargs)
-            for kernel, (version, address) in zip(kernels, before):
-                if _address(kernel) != address and kernel.shape == kernel.memory.shape:  # set_
-                    kernel.memory.detach().copy_(_plain(kernel))
-                    _pass_on(kernel)
-                elif kernel._version != version:
+            for kernel, version in zip(kernels, versions):
+                if kernel._version != version:
                     _pass_on(kernel)
             if type(result) in (tuple, list):
                 return type(result)(_tied(item, kernels) for item in result)

@@ -154,7 +154,7 @@ class Branched(WithConstants):
                 nn.init.kaiming_uniform_(weight, a=self.kaiming_slope)
                 weight.mul_(math.sqrt(self.init_hyper_para) if factor.initial == 'root'
                             else self.init_hyper_para)
-            if factor.initial == 'zero' or factor.zero and start == 'zero':
+            if factor.initial == 'zero' or (factor.zero and start == 'zero'):
                 nn.init.zeros_(weight)
         nn.init.zeros_(self.vector)  # a row that no branch reads stays so
         for row, branch in zip(self.vector, self.branches):
@@ -247,9 +247,10 @@ class _Block(Branched, ReparamConv2d):
 class OREPABranches(Branched):
     """The six branches of the OREPA block."""
 
-    branches = (Branch('origin', 0.25), Branch('average', 0.25), Branch('prior', 0.0, 0.25),
-                Branch('1x1-kxk', 0.5), Branch('1x1', 1.0), Branch('separable', 0.5))
-    factors = (
+    branches: tuple[Branch, ...] = (
+        Branch('origin', 0.25), Branch('average', 0.25), Branch('prior', 0.0, 0.25),
+        Branch('1x1-kxk', 0.5), Branch('1x1', 1.0), Branch('separable', 0.5))
+    factors: tuple[Factor, ...] = (
         Factor('origin', 'origin', 'oikk', 'kaiming'),
         Factor('average', 'avg_conv', 'oi11', 'kaiming', zero=True),
         Factor('prior', 'pfir_conv', 'oi11', 'kaiming', zero=True),

@@ -1,10 +1,11 @@
+# ruff: noqa: E501  # a table
 """What is put in place of names of others.
 
 | name | why | what breaks without it |
 | --- | --- | --- |
 | `pkgutil.find_loader`, where it is missing | Python 3.14 dropped it; MMEngine 0.10.7 and mmcv 2.1 call it | `collect_env` before every run, and mmcv's check of operators |
 | `collect_env` of MMEngine's runners | asks a shell for the compiler that Python was built with | `x86_64-linux-gnu-gcc: not found` in the middle of a training log |
-| `BaseModel.__call__` of MMEngine | `train_step`, `val_step`, `test_step`, their distributed wrappers and a plain call all go through it: the one place where a forward pass begins and ends | nothing is wrong; a head that is called on five levels is squeezed five times |
+| `BaseModel.__call__` of MMEngine | here every forward pass begins and ends | a head that is called on five levels is squeezed five times |
 """
 
 from __future__ import annotations

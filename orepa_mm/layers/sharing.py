@@ -98,7 +98,7 @@ class cached:
         """
         grad, sources = torch.is_grad_enabled(), None
         if not (_functorch_is_active() or getattr(forward_ad, '_current_level', -1) >= 0
-                or grad and (not layer.graph_is_reusable or _is_intercepted())):
+                or (grad and (not layer.graph_is_reusable or _is_intercepted()))):
             sources = Sources.of(layer)
         if sources is None:
             return layer._generate()
