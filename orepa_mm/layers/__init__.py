@@ -3,9 +3,9 @@
 from .base import ReparamConv2d
 from .branches import branched_layers, mean_similarity, relative_norms, shares, similarities
 from .builder import build_dbb_conv, build_orepa_conv
-from .sharing import cached
 from .dbb import DBBConv2d
 from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, OREPARepVGGOnlineConv2d
+from .sharing import cached
 from .stem import OREPAStemConv2d
 from .stock import conv2d_like
 from .surgery import adjacent_children, reparam_layers, replace_with_conv2d

@@ -7,6 +7,7 @@ import logging
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch.autograd import forward_ad
 
 from ..logs import log
 from . import gradients, squeeze
-from .sharing import _functorch_is_active, is_recorded
 from .precision import without_autocast
+from .sharing import _functorch_is_active
 
 #: `_Compiled` looks at shapes itself; what is generated checks them again.
 _OPTIONS: dict[str, Any] = {'guard_filter_fn': torch.compiler.skip_all_guards_unsafe} if hasattr(
     torch.compiler, 'skip_all_guards_unsafe') else {}
+
+_version = attrgetter('_version')
 
 
 def squeezed(block: str, names: Sequence[str], tensors: Sequence[Tensor],
@@ -42,7 +45,7 @@ def squeezed(block: str, names: Sequence[str], tensors: Sequence[Tensor],
     Returns:
         Kernel `(o, i, k, k)`.
     """
-    if (is_recorded() or _functorch_is_active()
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing() or _functorch_is_active()
             or getattr(forward_ad, '_current_level', -1) >= 0):
         return getattr(squeeze, block)(**dict(zip(names, tensors)), **options)
     if not torch.is_grad_enabled():
@@ -61,13 +64,13 @@ class _Squeeze(torch.autograd.Function):
     def forward(ctx: Any, block: str, names: Sequence[str], options: Mapping[str, Any],
                 compiled: bool, *tensors: Tensor) -> Tensor:
         ctx.call = block, names, options, compiled
-        ctx.tensors, ctx.versions = tensors, [tensor._version for tensor in tensors]
+        ctx.tensors, ctx.versions = tensors, list(map(_version, tensors))
         return _runner(block, False, compiled)(**dict(zip(names, tensors)), **options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block, names, options, compiled = ctx.call
-        if [tensor._version for tensor in ctx.tensors] != ctx.versions:
+        if list(map(_version, ctx.tensors)) != ctx.versions:
             raise RuntimeError(
                 'a branch of a generated kernel was modified by an in-place operation after the '
                 'forward pass and before the backward pass: its gradient would be another one. '

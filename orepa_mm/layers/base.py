@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CheckpointError
-from .sharing import current, is_recorded
 from .constants import WithConstants
 from .generated import GeneratedKernel
 from .precision import without_autocast
+from .sharing import _open, is_recorded, shared_kernel
 from .stock import conv2d_like
 
 #: Largest scale-relative error of a kernel that `set_kernel` takes for that kernel, at least;
@@ -216,8 +216,8 @@ class ReparamConv2d(WithConstants, nn.Conv2d):
                 raise TypeError(f'a {type(self).__name__} is one step of a traced graph: trace a '
                                 'module that contains it')
             return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
-        context = None if is_recorded() else current()
-        kernel = self._generate() if context is None else context.kernel(self)
+        kernel = (self._generate() if torch.compiler.is_compiling() or not _open.contexts
+                  else shared_kernel(self))
         return self._conv_forward(x, kernel, self.bias)
 
     def _generate(self) -> Tensor:
@@ -394,6 +394,6 @@ def _refuse(name: str) -> NoReturn:
     if name == 'weight':
         raise TypeError(
             'the weight of this convolution is generated from branches, and is no parameter that '
-            "could be pruned, normalised or parametrized: take one of those that named_parameters() "
-            "lists, e.g. name='weight_orepa_origin', or a plain convolution")
+            'could be pruned, normalised or parametrized: take one of those that '
+            "named_parameters() lists, e.g. name='weight_orepa_origin', or a plain convolution")
     raise KeyError(name)

@@ -48,7 +48,7 @@ class GeneratedKernel(Tensor):
             layer: What generated it.
             memory: `(o, i, k, k)`; memory that is nobody else's.
         """
-        return _handed_out(memory, layer, memory, [Sources.of(layer)])
+        return _handed_out(memory, layer, memory, [_sources(layer)])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == '_is_param':
@@ -81,6 +81,13 @@ class GeneratedKernel(Tensor):
             return _tied(result, kernels)
 
 
+def _sources(layer: ReparamConv2d) -> Sources | None:
+    try:
+        return Sources(layer._sources())
+    except RuntimeError:  # they do not tell whether they change
+        return None
+
+
 def _plain(kernel: Any) -> Any:
     return kernel.as_subclass(Tensor) if isinstance(kernel, GeneratedKernel) else kernel
 
@@ -104,7 +111,7 @@ def _require_grad(kernel: GeneratedKernel, value: bool = True) -> GeneratedKerne
 def _pass_on(kernel: GeneratedKernel) -> None:
     """Put what is now in a kernel's memory into its layer."""
     layer, memory = kernel.layer, kernel.memory.detach()
-    name, now = type(layer).__name__, Sources.of(layer)
+    name, now = type(layer).__name__, _sources(layer)
     read = kernel.sources[0]
     if read is not None and now is not None and not read.are(now):
         raise RuntimeError(
@@ -117,7 +124,7 @@ def _pass_on(kernel: GeneratedKernel) -> None:
             'branches stay as they are until finite ones follow', logging.WARNING)
         return
     missed = layer.set_kernel(memory, strict=False)
-    kernel.sources[0] = Sources.of(layer)
+    kernel.sources[0] = _sources(layer)
     if missed > max(1e-4, 8 * torch.finfo(memory.dtype).eps):
         log(f'{name} cannot generate the kernel that was written into its weight: it misses '
             f'it by {missed:.1e} of its largest value', logging.WARNING)

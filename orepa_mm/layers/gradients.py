@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .squeeze import identity_entries, scale_kernel, stacked_mixes, turn, turn_back
+from .squeeze import scale_kernel, stacked_mixes, turn, turn_back
 
 
 def orepa_kernel(
@@ -63,7 +63,8 @@ def orepa_kernel(
 
     of_scales += [dots[:, 0], dots[:, 1], of_sequential, *dots[:, 3:].unbind(1), of_separable]
     if identity:
-        of_scales.append(identity_entries(grad, groups).reshape(-1))
+        centres = grad.view(groups, i, i, area)[..., area // 2].diagonal(dim1=1, dim2=2)
+        of_scales.append(centres.reshape(-1))
     of_rows = torch.stack(of_scales)
     unread = len(scales) - len(of_scales)
     found['scales'] = F.pad(of_rows, (0, 0, 0, unread)) if unread else of_rows

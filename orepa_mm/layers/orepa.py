@@ -179,21 +179,18 @@ class Branched(WithConstants):
 
     def _sources(self) -> list[Tensor]:
         """The tensors of the squeeze, as they are now: a parametrization makes new ones."""
-        return [getattr(self, name) for name in self._names]
-
-    def _at(self, dtype: torch.dtype | None, device: torch.device | None) -> list[Tensor]:
-        """The tensors as the squeeze takes them."""
-        tensors, dtype = self._sources(), dtype or self.vector.dtype
-        if device is None and self.vector.dtype == torch.float32 == dtype:
-            return tensors  # as in training, where each call counts
-        # first to the device: it may be one without float64
-        return [tensor.to(device or tensor.device).to(dtype) for tensor in tensors]
+        tensors = []  # a loop, since a comprehension is a frame more in every forward pass
+        for name in self._names:
+            tensors.append(getattr(self, name))
+        return tensors
 
     def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
                 ) -> Tensor:
         """The sum of the branches, `(o, i, k, k)`; see the base class."""
-        return squeezed(self.block, self._arguments, self._at(dtype, device), self._options,
-                        self.compiled)
+        tensors, own = self._sources(), self.vector.dtype
+        if device is not None or not own == torch.float32 == (dtype or own):
+            tensors = _converted(tensors, dtype or own, device)
+        return squeezed(self.block, self._arguments, tensors, self._options, self.compiled)
 
     @torch.no_grad()
     def branch_kernels(self, scaled: bool = True, dtype: torch.dtype = torch.float64
@@ -205,7 +202,8 @@ class Branched(WithConstants):
                 they are what the scaling vectors get to weigh.
             dtype: Type to compute in.
         """
-        tensors = dict(zip(self._arguments, self._at(dtype, self._exact_device())))
+        tensors = dict(zip(self._arguments, _converted(self._sources(), dtype,
+                                                       self._exact_device())))
         scales = tensors.pop('scales')
         found = {}
         for row, name in enumerate(self.branch_names):  # the kernel is linear in the scales
@@ -213,6 +211,12 @@ class Branched(WithConstants):
             alone[row] = scales[row] if scaled else 1
             found[name] = getattr(squeeze, self.block)(**tensors, scales=alone, **self._options)
         return found
+
+
+def _converted(tensors: list[Tensor], dtype: torch.dtype, device: torch.device | None
+               ) -> list[Tensor]:
+    # first to the device: it may be one without float64
+    return [tensor.to(device or tensor.device).to(dtype) for tensor in tensors]
 
 
 class _Block(Branched, ReparamConv2d):

@@ -1,4 +1,4 @@
-"""`cached()`: a context in which every layer is squeezed once, as `torch.nn.utils.parametrize`'s."""
+"""`cached()`: a context in which every layer is squeezed once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class cached:
         if is_recorded():
             return
         frame = sys._getframe(1)
-        if _of(frame) is None:
+        if current(frame) is None:
             self._frame, self._contexts = frame, _open.contexts
             self.kernels: dict[Any, tuple[Sources, Tensor]] = {}
             self._contexts[id(frame)] = weakref.ref(self)
@@ -90,42 +90,13 @@ class cached:
             self._frame = None
             self.kernels.clear()
 
-    def kernel(self, layer: ReparamConv2d) -> Tensor:
-        """The layer's kernel in this context; not to be written into.
+def current(frame: FrameType | None = None) -> cached | None:
+    """The context that serves a frame: one that it, or a frame that called it, has opened.
 
-        Args:
-            layer: What generates it, `(o, i, k, k)`.
-        """
-        grad, sources = torch.is_grad_enabled(), None
-        if not (_functorch_is_active() or getattr(forward_ad, '_current_level', -1) >= 0
-                or (grad and (not layer.graph_is_reusable or _is_intercepted()))):
-            sources = Sources.of(layer)
-        if sources is None:
-            return layer._generate()
-        depth, stream = torch._C._len_torch_dispatch_stack(), None
-        mode = torch._C._get_dispatch_stack_at(depth - 1) if depth else None
-        if sources.tensors[0].is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return layer._generate()
-            stream = torch.cuda.current_stream(sources.tensors[0].device)
-        kind = (layer, grad, torch.is_inference_mode_enabled(), mode, stream,
-                *[tensor.requires_grad for tensor in sources.tensors])
-        found = self.kernels.get(kind)
-        if found is not None and found[0].are(sources):
-            return found[1]
-        kernel = layer._generate()
-        self.kernels[kind] = sources, kernel
-        return kernel
-
-
-def current() -> cached | None:
-    """The context that serves the caller, if one is open."""
-    return _of(sys._getframe(1)) if _open.contexts else None
-
-
-def _of(frame: FrameType | None) -> cached | None:
-    """The context that a frame, or one of those that called it, has opened."""
-    contexts = _open.contexts
+    Args:
+        frame: The caller's own by default.
+    """
+    contexts, frame = _open.contexts, frame or sys._getframe(1)
     while frame is not None and contexts:
         reference = contexts.get(id(frame))
         if reference is not None:
@@ -136,6 +107,48 @@ def _of(frame: FrameType | None) -> cached | None:
     return None
 
 
+def shared_kernel(layer: ReparamConv2d) -> Tensor:
+    """The layer's kernel of the context that serves the caller, or a new one.
+
+    Args:
+        layer: What generates it, `(o, i, k, k)`.
+
+    Returns:
+        The kernel, not to be written into.
+    """
+    context, grad = current(), torch.is_grad_enabled()
+    if (context is None or torch.jit.is_tracing() or _functorch_is_active()
+            or getattr(forward_ad, '_current_level', -1) >= 0):
+        return layer._generate()
+    # Checkpointing packs what is saved for backward, and computes anew in a backward pass: a
+    # kernel of another segment, or from outside, would not be saved twice in the same way.
+    # Where this PyTorch does not tell, that is taken for true.
+    if grad and (not layer.graph_is_reusable or _top_hooks is None or _graph_task is None
+                 or _top_hooks(True) is not None or _graph_task() != -1):
+        return layer._generate()
+    tensors = layer._sources()
+    try:
+        sources = Sources(tensors)
+    except RuntimeError:
+        return layer._generate()
+    kind: list[Any] = [layer, grad, torch.is_inference_mode_enabled()]
+    depth = torch._C._len_torch_dispatch_stack()
+    if depth:
+        kind.append(torch._C._get_dispatch_stack_at(depth - 1))
+    if tensors[0].is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return layer._generate()
+        kind.append(torch.cuda.current_stream(tensors[0].device))
+    for tensor in tensors:
+        kind.append(tensor.requires_grad)
+    found = context.kernels.get(tuple(kind))
+    if found is not None and found[0].are(sources):
+        return found[1]
+    kernel = layer._generate()
+    context.kernels[tuple(kind)] = sources, kernel
+    return kernel
+
+
 class Sources:
     """What a kernel is generated from, and all that PyTorch tells of it without a device's wait.
 
@@ -143,31 +156,26 @@ class Sources:
         tensors: Every parameter and buffer, alive, so that no identity comes back for another one.
         memory: Theirs, alive, so that no address comes back for other content.
         facts: Address, version and layout of each; how many steps optimizers took.
+
+    Args:
+        tensors: All that the kernel is generated from.
+
+    Raises:
+        RuntimeError: If the tensors do not tell of their content: there are none, or subclasses,
+            inference tensors, tensors without storage.
     """
 
     __slots__ = 'facts', 'memory', 'tensors'
 
     def __init__(self, tensors: list[Tensor]) -> None:
+        if not tensors or not _PLAIN.issuperset(map(type, tensors)):
+            raise RuntimeError('these tensors may change unseen')
         self.tensors = tensors
         self.facts: list[Any] = [*_steps]
+        self.memory = []
         for t in tensors:
             self.facts += t.data_ptr(), t._version, t.stride()
-        self.memory = [t.untyped_storage() for t in tensors]
-
-    @classmethod
-    def of(cls, layer: ReparamConv2d) -> Sources | None:
-        """Of a layer; None where that does not tell all.
-
-        Args:
-            layer: What generates a kernel.
-        """
-        tensors = layer._sources()
-        if not tensors or not _PLAIN.issuperset(map(type, tensors)):
-            return None
-        try:
-            return cls(tensors)
-        except RuntimeError:  # inference tensors, tensors without storage
-            return None
+            self.memory.append(t.untyped_storage())
 
     def are(self, others: Sources) -> bool:
         """Whether a kernel of the others would be the same."""
@@ -178,15 +186,3 @@ class Sources:
 def is_recorded() -> bool:
     """Whether a compiler or a tracer records what runs."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _is_intercepted() -> bool:
-    """Whether what is saved for backward is packed, or a backward pass computes anew.
-
-    Checkpointing does both: a kernel of another segment, or from outside, would
-    not be saved twice in the same way. Where this PyTorch does not tell, it is
-    taken for true.
-    """
-    if _top_hooks is None or _graph_task is None:
-        return True
-    return _top_hooks(True) is not None or _graph_task() != -1

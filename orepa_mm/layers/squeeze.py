@@ -132,15 +132,23 @@ def orepa_kernel(
     kernel.view(out, i, area).baddbmm_(
         stacked_mixes(average, prior, pointwise).permute(1, 2, 0), bank)
     turned = turn(second, groups)
-    sequential = with_identities(first.reshape(groups, -1, i).transpose(1, 2), turned, identities)
-    add_turned_back(kernel, sequential, scales[3])
+    factor = first.reshape(groups, -1, i).transpose(1, 2)
+    if identities == 0:
+        sequential = torch.bmm(factor, turned)
+    else:  # what the identities add: the sum of the parts that they copy
+        copied = turned if identities == 1 else turned.view(groups, identities, i, -1).sum(1)
+        sequential = torch.baddbmm(copied, factor, turned)
     channels = i * groups
     spatial = torch.bmm(separable.reshape(-1, channels, separable.shape[1] // i).transpose(0, 1),
                         depthwise.reshape(channels, -1, area))
     last = 5 if pointwise is not None else 4
-    add_turned_back(kernel, spatial.view(groups, i, -1), scales[last])
+    shape = groups, i, out // groups, area
+    for matrix, scale in ((sequential, scales[3]), (spatial, scales[last])):
+        kernel.view(groups, out // groups, i, area).addcmul_(
+            matrix.view(shape).transpose(1, 2), scale.reshape(groups, -1, 1, 1))
     if identity:
-        identity_entries(kernel, groups).add_(scales[last + 1].view(groups, -1))
+        centres = kernel.view(groups, i, i, area)[..., area // 2].diagonal(dim1=1, dim2=2)
+        centres.add_(scales[last + 1].view(groups, -1))
     return kernel
 
 
@@ -246,21 +254,6 @@ def scale_kernel(kernel: Tensor, scale: Tensor) -> Tensor:
     return kernel * scale.view(-1, 1, 1, 1)
 
 
-def identity_entries(kernel: Tensor, groups: int) -> Tensor:
-    """Where a kernel has its ones if it copies every channel: the centres of a diagonal.
-
-    Args:
-        kernel: `(o, o/g, k, k)`, contiguous; `k` is odd.
-        groups: `g`.
-
-    Returns:
-        A view, `(g, o/g)`: output channels in their order.
-    """
-    channels, area = kernel.shape[1], kernel.shape[2] * kernel.shape[3]
-    grouped = kernel.view(groups, channels, channels, area)
-    return grouped[..., area // 2].diagonal(dim1=1, dim2=2)
-
-
 def stacked_mixes(average: Tensor, prior: Tensor, pointwise: Tensor | None) -> Tensor:
     """The 1 x 1 kernels in front of `branch_windows`, `(n, o, i)`.
 
@@ -298,39 +291,6 @@ def turn_back(matrix: Tensor, like: Tensor) -> Tensor:
     groups, channels = matrix.shape[:2]
     split = matrix.view(groups, channels, like.shape[0] // groups, -1)
     return split.transpose(1, 2).contiguous().view(like.shape)
-
-
-def add_turned_back(kernel: Tensor, matrix: Tensor, scale: Tensor) -> None:
-    """Add a turned kernel to another one in place, each output channel scaled.
-
-    Args:
-        kernel: `(o, c, k, k)`, contiguous.
-        matrix: As from `turn`, `(g, c, o/g * k^2)`.
-        scale: `(o,)`.
-    """
-    groups, channels = matrix.shape[:2]
-    shape = groups, channels, kernel.shape[0] // groups, kernel.shape[2] * kernel.shape[3]
-    kernel.view(groups, shape[2], channels, shape[3]).addcmul_(
-        matrix.view(shape).transpose(1, 2), scale.reshape(groups, -1, 1, 1))
-
-
-def with_identities(factor: Tensor, matrix: Tensor, identities: int) -> Tensor:
-    """Product of a factor, to which identity matrices side by side are added, and a matrix.
-
-    Args:
-        factor: `(g, m, n m)`, or of any width if there is no identity.
-        matrix: `(g, n m, c)`.
-        identities: `n`, or 0.
-
-    Returns:
-        `(g, m, c)`.
-    """
-    if identities == 0:
-        return torch.bmm(factor, matrix)
-    added = matrix
-    if identities > 1:
-        added = matrix.view(matrix.shape[0], identities, -1, matrix.shape[2]).sum(1)
-    return torch.baddbmm(added, factor, matrix)
 
 
 def squeeze_sequential(pointwise: Tensor, conv: Tensor, groups: int = 1) -> Tensor:

@@ -115,10 +115,12 @@ class OREPAStemConv2d(ReparamConv2d, nn.Conv2d):
         return self.weight0.vector
 
     def _sources(self) -> list[Tensor]:
-        generators = self.generators
-        if any(type(generator) is not Generator for generator in generators):
-            return []  # wrapped: what is in it comes and goes
-        return [tensor for generator in generators for tensor in generator._sources()]
+        tensors: list[Tensor] = []
+        for generator in self.generators:
+            if type(generator) is not Generator:  # wrapped: what is in it comes and goes
+                return []
+            tensors += generator._sources()
+        return tensors
 
     def reset_branches(self) -> None:
         """Initialise every generator as an `OREPAConv2d`."""

@@ -26,7 +26,8 @@ def test_reads_as_a_conv(layer):
     assert layer.weight.shape == conv.weight.shape
     assert layer.extra_repr() == conv.extra_repr()
     assert isinstance(layer, nn.Conv2d)
-    assert 'Conv2d' in [base.__name__ for base in type(layer).__bases__]  # what MMEngine's rules ask
+    # what MMEngine's rules ask
+    assert 'Conv2d' in [base.__name__ for base in type(layer).__bases__]
 
 
 @pytest.mark.parametrize('padding_mode', ['reflect', 'circular'])
