@@ -56,6 +56,11 @@ class GeneratedKernel(Tensor):
                             'copy, nn.Parameter(layer.weight.detach().clone())')
         super().__setattr__(name, value)
 
+    def set_(self, source: Tensor) -> GeneratedKernel:  # type: ignore[override]
+        """Take the values of another tensor, as by `.data`; PyTorch tells nobody of `set_`."""
+        self.data = source
+        return self
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
@@ -63,10 +68,10 @@ class GeneratedKernel(Tensor):
         kwargs = kwargs or {}
         kernels = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
-            if func in (_SET_DATA, Tensor.set_) and isinstance(args[0], cls):
+            if func == _SET_DATA and isinstance(args[0], cls):
                 _plain(args[0]).detach().copy_(_plain(args[1]))
                 _pass_on(args[0])
-                return args[0]
+                return None
             if func in (_SET_REQUIRES_GRAD, Tensor.requires_grad_) and args[0] is kernels[0] and (
                     kernels[0].__dict__.get('is_weight')):
                 return _require_grad(*args, **kwargs)
