@@ -1,27 +1,17 @@
+# ruff: noqa: E501  # a table
 """What is put in place of names of others.
 
 | name | why | what breaks without it |
 | --- | --- | --- |
-| `pkgutil.find_loader`, where it is missing | Python 3.14 dropped it; MMEngine 0.10.7 and mmcv \
-2.1 call it | `collect_env` before every run, and mmcv's check of operators |
-| `collect_env` of MMEngine's runners | asks a shell for the compiler that Python was built with | \
-`x86_64-linux-gnu-gcc: not found` in the middle of a training log |
-| `load_from_local`, `load_from_http` in `mmengine.runner.checkpoint`, and in `CheckpointLoader` \
-for files, `http://` and `https://` | MMEngine reads downloads by PyTorch's hub, which runs code \
-that a file holds; PyTorch compares no checksums | \
-a crafted file runs its code; a damaged one is loaded |
-| `_safe_torch_load` in `mmengine.runner.checkpoint`, in the maintained forks | falls back to an \
-unsafe load where a safe one fails | a crafted file runs its code |
-| `load_state_dict` in `mmengine.runner` and `mmengine.runner.checkpoint` | all that MMEngine \
-loads ends there, and missing keys are a warning | plain weights are not expanded, a checkpoint of \
-the other form leaves random weights |
-| `resume` of `Runner` and `FlexibleRunner` | the optimizer's state belongs to the form of the \
-weights | a run is resumed from plain weights, expanded, with the state of other parameters |
-| `MODELS._add_child` | toolboxes make their registries when they are imported | our backbones are \
-found only if `orepa_mm` is imported after the toolbox |
-| `DefaultOptimWrapperConstructor.__call__`, which those of the toolboxes inherit | it tells \
-parameters by their names | `custom_keys={'X.weight': ...}` reaches the branches of the layer X \
-and not its scales, or a part of a DBB; `conv1` reaches a branch of every layer |
+| `pkgutil.find_loader`, where it is missing | Python 3.14 dropped it; MMEngine 0.10.7 and mmcv 2.1 call it | `collect_env` before every run, and mmcv's check of operators |
+| `collect_env` of MMEngine's runners | asks a shell for the compiler that Python was built with | `x86_64-linux-gnu-gcc: not found` in the middle of a training log |
+| `BaseModel.__call__` of MMEngine | here every forward pass begins and ends | a head that is called on five levels is squeezed five times |
+| `load_from_local`, `load_from_http` in `mmengine.runner.checkpoint`, and in `CheckpointLoader` for files, `http://` and `https://` | MMEngine reads downloads by PyTorch's hub, which runs code that a file holds; PyTorch compares no checksums | a crafted file runs its code; a damaged one is loaded |
+| `_safe_torch_load` in `mmengine.runner.checkpoint`, in the maintained forks | falls back to an unsafe load where a safe one fails | a crafted file runs its code |
+| `load_state_dict` in `mmengine.runner` and `mmengine.runner.checkpoint` | all that MMEngine loads ends there, and missing keys are a warning | plain weights are not expanded, a checkpoint of the other form leaves random weights |
+| `resume` of `Runner` and `FlexibleRunner` | the optimizer's state belongs to the form of the weights | a run is resumed from plain weights, expanded, with the state of other parameters |
+| `MODELS._add_child` | toolboxes make their registries when they are imported | our backbones are found only if `orepa_mm` is imported after the toolbox |
+| `DefaultOptimWrapperConstructor.__call__`, which those of the toolboxes inherit | it tells parameters by their names | `custom_keys={'X.weight': ...}` reaches the branches of the layer X and not its scales, or a part of a DBB; `conv1` reaches a branch of every layer |
 """
 
 from __future__ import annotations
@@ -35,6 +25,8 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+from ..layers import cached
+
 #: Whether a runner is resuming.
 _resuming: ContextVar[bool] = ContextVar('resuming', default=False)
 
@@ -47,6 +39,7 @@ def patch() -> None:
     import mmengine.runner.runner as runners
     import torch
     from mmengine import runner
+    from mmengine.model import BaseModel
     from mmengine.optim import DefaultOptimWrapperConstructor
     from mmengine.registry import MODELS
     from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
@@ -56,6 +49,7 @@ def patch() -> None:
     from .paramwise import with_whole_layers
     for module in (runners, strategies):
         _wrap(module, 'collect_env', _without_missing_compiler)
+    _wrap(BaseModel, '__call__', _sharing_kernels)
     # torchvision://, modelzoo://, open-mmlab://, openmmlab:// and mmcls:// look an address up and
     # call the function for http by its name; pavi:// and s3:// call torch.load, safe by default
     CheckpointLoader.register_scheme('', load_from_local, force=True)
@@ -100,6 +94,18 @@ def _without_missing_compiler(collect: Callable[[], dict]) -> Callable[[], dict]
             variables['CC'] = named
 
     return collect_env
+
+
+def _sharing_kernels(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a model, which is a context `cached()`. Hooks run inside."""
+    from mmengine.model import BaseModel
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with cached():
+            # looked up now: tracers of fx put their own in place of it
+            return super(BaseModel, self).__call__(*args, **kwargs)
+
+    return __call__
 
 
 def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
