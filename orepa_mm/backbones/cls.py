@@ -90,7 +90,6 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
 
     stock_type = 'mmpretrain.RepVGG'
     stock_has_deploy = True
-    stage_name = 'stage_{}'
     default_conv_cfg = {'type': 'OREPA', 'block': 'repvgg', 'pointwise': False}
 
     def __init__(self, *args: Any, deploy: bool = False, **kwargs: Any) -> None:

@@ -35,8 +35,6 @@ class ReparamBackboneMixin:
     stock_type: str
     #: The conv layer type, with its options.
     default_conv_cfg: dict
-    #: How the stages are called, by number.
-    stage_name = 'layer{}'
     #: Whether the stock class has a `deploy` of its own.
     stock_has_deploy = False
 

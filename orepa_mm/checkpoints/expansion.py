@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
@@ -25,10 +27,12 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any],
                         source: str = 'the checkpoint') -> Mapping[str, Any]:
     """Replace plain kernels by branches, for every layer of the model that generates its kernel.
 
-    The branches are those that the model has now, but for the origin branch (in
-    a stem the last generator), which is such that the layer generates exactly
-    the plain kernel, see `ReparamConv2d.set_kernel`. Layer by layer: branches
-    that the weights hold stay as they are. The model is not changed.
+    The layer then generates exactly the plain kernel; how the branches start
+    around it is the block's option `start`, see `ReparamConv2d.start_from`. What is
+    drawn at random depends on the name of the layer and the seed of the process
+    alone, so that a moving average gets the branches that the model gets. Layer
+    by layer: branches that the weights hold stay as they are. The model is not
+    changed.
 
     Left as they are, for whoever loads them to judge: a kernel of another shape,
     one beside branches of the same layer, one with a BN folded into it, and
@@ -69,7 +73,7 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any],
         f'{source}: plain weights were expanded into {len(done)} of the '
         f'{len({layer for _, layer in layers})} layers of '
         f'{type(model).__name__} that are in training form. It computes what the plain model '
-        'computes with them; the branches beside the origin branch start as the model has them. '
+        'computes with them; the option start of conv_cfg says how the branches begin. '
         'Train on, then re-parameterize: the cost to run is that of the plain model',
         'current', logging.INFO)
     return with_module_notes(expanded, module_notes(state_dict))
@@ -147,9 +151,11 @@ def _branches(layer: ReparamConv2d, prefix: str, tensors: Mapping[str, Tensor]
     key, bias = f'{prefix}weight', f'{prefix}bias'
     for name in {key, bias} & tensors.keys():
         require_values(name, tensors[name], layer._reference(), type(layer).__name__)
-    layer = copy.deepcopy(layer)
+    layer = copy.deepcopy(layer).cpu()
     try:
-        layer.set_kernel(tensors[key])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed() ^ zlib.crc32(prefix.encode()))
+            layer.start_from(tensors[key])
     except TypeError:
         return None
     except ValueError as error:

@@ -19,14 +19,15 @@ def with_whole_layers(build: Callable[..., Any]) -> Callable[..., Any]:
     parameter. Here a key that is found in `X.weight` is for every parameter of the layer `X` but
     its bias. So is none that is found inside the name of a branch by chance (`conv` in
     `X.weight_orepa_avg_conv`). One that a branch's name begins or ends with, as `vector` or
-    `X.weight_orepa_origin`, is for that branch.
+    `X.weight_orepa_origin`, is for that branch. A depthwise layer is one in all its parts.
     """
     @functools.wraps(build)
     def with_rules(self: Any, model: nn.Module) -> Any:
         given = self.paramwise_cfg
         rules = _rules_of_layers(getattr(model, 'module', model), given)
         if rules:
-            self.paramwise_cfg = {**given, 'custom_keys': {**given['custom_keys'], **rules}}
+            self.paramwise_cfg = {
+                **given, 'custom_keys': {**(given.get('custom_keys') or {}), **rules}}
         try:
             return build(self, model)
         finally:
@@ -37,20 +38,20 @@ def with_whole_layers(build: Callable[..., Any]) -> Callable[..., Any]:
 
 def _rules_of_layers(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the given rules mean where MMEngine takes others, by whole names of parameters."""
-    given = options.get('custom_keys') or {}
+    given, depthwise = options.get('custom_keys') or {}, options.get('dwconv_decay_mult')
     rules = {}
-    for name, prefix, layer, part in _branches(model) if given else ():
+    for name, prefix, layer, part in _branches(model) if given or depthwise is not None else ():
         weight = f'{prefix}.weight'  # MMEngine names that of the model itself so, too
         meant = _longest(key for key in given if key in weight or (key in name and (
             f'.{name}'.endswith(f'.{key}') or name.find(key) <= len(prefix) + bool(prefix))))
-        if meant == _longest(key for key in given if key in name):
-            continue
+        is_depthwise = layer.in_channels == layer.groups and not isinstance(part, _BatchNorm)
         if meant is not None:
             rules[name] = given[meant]
-        else:  # a rule takes the place of all other options
-            decay = ('norm_decay_mult' if isinstance(part, _BatchNorm) else
-                     'dwconv_decay_mult' if layer.in_channels == layer.groups else None)
-            rules[name] = {'decay_mult': options[decay]} if options.get(decay) is not None else {}
+        elif any(key in name for key in given) or (is_depthwise and depthwise is not None):
+            # a rule takes the place of all other options
+            decay = (options.get('norm_decay_mult') if isinstance(part, _BatchNorm) else
+                     depthwise if is_depthwise else None)
+            rules[name] = {} if decay is None else {'decay_mult': decay}
     return rules
 
 

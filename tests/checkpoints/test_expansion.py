@@ -192,9 +192,11 @@ def test_the_model_and_the_weights_are_left_alone():
     assert found._metadata == state._metadata
     assert set(found) == set(before)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    # the other branches are the model's own
-    assert torch.equal(found['backbone.layer1.0.conv1.weight_orepa_gconv_dw'],
-                       before['backbone.layer1.0.conv1.weight_orepa_gconv_dw'])
+    again = expanded_state_dict(model, state)  # as for a moving average
+    assert all(torch.equal(value, again[key]) for key, value in found.items())
+    one, other = (found[f'backbone.layer1.0.conv{n}.weight_orepa_gconv_dw'] for n in (1, 2))
+    assert one.any()
+    assert not torch.equal(one, other)
     assert found['neck.lateral_convs.0.conv.bias'] is state['neck.lateral_convs.0.conv.bias']
 
 

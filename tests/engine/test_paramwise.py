@@ -86,6 +86,27 @@ def test_a_rule_for_a_branch_is_for_that_branch():
             'b.vector': (0.02, 0.01)}
 
 
+@pytest.mark.parametrize('constructor', [*CONSTRUCTORS[:2], CONSTRUCTORS[3]])
+@pytest.mark.parametrize('kind', ['depthwise kxk of RepVGG', 'depthwise', 'depthwise DBB', 'kxk'])
+@pytest.mark.parametrize('options', [
+    dict(dwconv_decay_mult=0.), dict(dwconv_decay_mult=0.5, bias_decay_mult=0.),
+    dict(dwconv_decay_mult=0., custom_keys={'a.0.weight': dict(decay_mult=0.3)}),
+    dict(dwconv_decay_mult=0., norm_decay_mult=0.2, custom_keys={'avg': dict(lr_mult=0.3)})])
+def test_depthwise_layers_are_depthwise_convolutions(kind, options, constructor):
+    if '.' in constructor:
+        pytest.importorskip(f'{constructor.partition(".")[0]}.engine')
+    kinds = {**KINDS, 'depthwise': lambda **kw: OREPAConv2d(4, 4, 3, groups=4, **kw),
+             'depthwise DBB': lambda **kw: DBBConv2d(4, 4, 3, padding=1, groups=4, **kw)}
+    model = Net(kinds[kind])
+    stock = settings(Net(lambda **kw: nn.Conv2d(4, 4, 3, groups=4 if 'depth' in kind else 1, **kw)),
+                     constructor, **options)
+    norms = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for name, given in settings(model, constructor, **options).items():
+        if name.rpartition('.')[0] in norms and 'dbb' in name:
+            continue  # of DBB's branches, for which there are rules as for any BN
+        assert given[:2] == stock[weight_of(model, name)][:2], name
+
+
 def test_the_given_rules_stay_as_they_are():
     rules = {'a.0.weight': dict(lr_mult=0.5)}
     from mmengine.optim import DefaultOptimWrapperConstructor as Stock
