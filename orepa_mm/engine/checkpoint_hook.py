@@ -222,7 +222,7 @@ def _last_good_checkpoint(work_dir: str | Path) -> str | None:
 def use_whole_checkpoints(cfg: Config) -> None:
     """Let a config that imports this package save through `WholeCheckpointHook`.
 
-    Where another hook than the stock one is asked for, that is number.
+    Where another hook than the stock one is asked for, that is left.
 
     Args:
         cfg: Any config; changed in place.
