@@ -22,7 +22,7 @@ from torch import nn
 from ..checkpoints import load_checkpoint, model_state_dict
 from ..checkpoints.expansion import without_wrappers
 from ..checkpoints.io import is_finite
-from ..errors import CheckpointError, DivergedError, shortened
+from ..errors import CheckpointError, ConfigError, DivergedError, shortened
 from ..files import remove_unfinished, written_whole
 
 #: Where MMEngine notes which checkpoint is the last, inside the work folder.
@@ -78,6 +78,7 @@ class WholeCheckpointHook(CheckpointHook):
         **options: Those of the stock hook.
 
     Raises:
+        ConfigError: If there is no such option.
         DivergedError: In training; it names the last good checkpoint.
 
     Example:
@@ -91,6 +92,9 @@ class WholeCheckpointHook(CheckpointHook):
 
     def __init__(self, *args: Any, check_finite: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
+        if self.args:  # the stock hook would fail with them at the first checkpoint
+            raise ConfigError('the checkpoint hook (default_hooks.checkpoint) has no option '
+                              f'{shortened(list(self.args))}: correct the name, or leave it out')
         self.check_finite = check_finite
 
     def before_train(self, runner: Runner) -> None:

@@ -25,7 +25,7 @@ from orepa_mm.engine.checkpoint_hook import (
     use_whole_checkpoints,
 )
 from orepa_mm.engine.resume import newest_checkpoint
-from orepa_mm.errors import DivergedError
+from orepa_mm.errors import ConfigError, DivergedError
 from orepa_mm.export import deploy_config
 
 numbers = itertools.count()
@@ -317,6 +317,13 @@ def test_the_device_is_waited_for_once(tmp_path):
     with Counts() as counts:
         non_finite_weights(torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(9)]))
     assert counts.reads == 0  # but for `tolist`, which copies what one tensor holds
+
+
+def test_an_option_that_is_none_is_said_at_once():
+    """The stock hook takes it, and fails when the first checkpoint is written."""
+    assert CheckpointHook(max_keep_ckpt=1).args == dict(max_keep_ckpt=1)
+    with pytest.raises(ConfigError, match='no option max_keep_ckpt'):
+        WholeCheckpointHook(max_keep_ckpt=1)
 
 
 # --- who uses it ------------------------------------------------------------------
