@@ -137,7 +137,7 @@ class WholeCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         self._require_finite(runner, 'the training has diverged')
         number = self.max_keep_ckpts
-        if number > 0:  # the stock hook removes the oldest one first: as if there were one place more
+        if number > 0:  # the stock hook removes the oldest one first: let it have one more
             self.max_keep_ckpts += 1
         try:
             # the stock hook writes the pointer in place, into the runner's work folder
