@@ -21,7 +21,7 @@ from ..export.checkpoint import load_plain_weights
 from ..export.stock import deploy_config
 from ..files import written_whole
 from ..reparam import is_training_form
-from ..reparam.layer_check import layers_with_branches
+from ..reparam.verify import layers_with_branches
 from ..reparam.raw_outputs import scale_relative_error
 from ..reparam.verification_report import OutputError
 from ..reparam.verify import ALONE, VerificationReport, verify

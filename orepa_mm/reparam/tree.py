@@ -1,0 +1,188 @@
+"""Whether two models are the same tree: modules, types, and the settings that count in eval mode."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
+
+from .fold import computes_as_conv2d
+from .raw_outputs import scale_relative_error
+
+#: What no forward pass in eval mode reads: of training, of how a module was built, marks of ours.
+_NOT_COUNTED = {
+    'inplace', 'momentum', 'norm_eval', 'frozen_stages', 'with_cp', 'use_checkpoint', 'train_cfg',
+    'init_cfg', 'conv_cfg', 'norm_cfg', 'pretrained', '_is_init', '_params_init_info', '_device',
+    'deploy', 'reparameterized', 'gained_bias', 'folded_norm', 'published_init',
+    *vars(nn.Module()), '_compiled_call_impl', '_is_full_backward_hook'}
+_PACKAGE = __name__.partition('.')[0]
+#: Rates of what drops something in training only.
+_DROP_RATE = re.compile(r'(.*_)?drop(out|path|block)?(_?(p|path|prob|rate|ratio))*')
+#: What is compared by its value, whatever attributes it has.
+_VALUES = (str, bytes, int, float, complex, set, frozenset)
+#: What a function, and what is like one, consists of.
+_PARTS: dict[type, tuple[str, ...]] = {
+    types.FunctionType: ('__code__', '__defaults__', '__kwdefaults__', '__closure__'),
+    types.MethodType: ('__func__', '__self__'), types.CellType: ('cell_contents',),
+    functools.partial: ('func', 'args', 'keywords')}
+#: Largest error of a tensor that an object holds, which a forward pass may have computed.
+_TOLERANCE = 1e-4
+
+
+def independent_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, without the graphs that led to tensors a module holds.
+
+    Args:
+        model: Left as it is.
+
+    Raises:
+        TypeError: If something in the model cannot be copied; it names the attribute.
+    """
+    memo = {id(value): value.detach().clone() for module in model.modules()
+            for value in tree_leaves(vars(module))
+            if isinstance(value, Tensor) and not value.is_leaf}
+    try:
+        copied = copy.deepcopy(model, dict(memo))
+    except Exception as error:
+        where = next((f'{name}.{key}'.lstrip('.') for name, module in model.named_modules()
+                      for key, value in vars(module).items()
+                      if key != '_modules' and not _can_be_copied(value, memo)), 'something in it')
+        raise TypeError(f'{type(model).__name__} cannot be copied to be run on its own, for its '
+                        f'{where}: {error}. Take that out of the model before') from error
+    copied.eval()  # a statement of its own: not every train() returns itself
+    return copied
+
+
+def _can_be_copied(value: Any, memo: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
+
+
+def differences(expected: nn.Module, found: nn.Module, before: nn.Module) -> dict[str, str]:
+    """Where two models are not the same tree.
+
+    Tensors that a state dict would name are not compared, only that they are there.
+
+    Args:
+        expected: The model before, re-parameterized.
+        found: The model after.
+        before: The model before. What it holds beside tensors is compared where nothing in it
+            was converted: run on the same batches, both hold the same.
+
+    Returns:
+        By name of the module, what differs.
+    """
+    modules, others, origins = (dict(model.named_modules(remove_duplicate=False))
+                                for model in (expected, found, before))
+    inside = {id(module) for module in (*modules.values(), *others.values(), *origins.values())}
+    result = {}
+    for name in [*modules, *(others.keys() - modules.keys())]:
+        parent = name.rpartition('.')[0]
+        if parent in result or (parent not in modules or parent not in others) and name:
+            continue  # said of the parent
+        one, other = modules.get(name), others.get(name)
+        if one is None or other is None:
+            result[name] = f'only the {"deployed" if one is None else "training"} form has it'
+        elif _kind(one) is not _kind(other):
+            result[name] = f'{type(one).__name__} became {type(other).__name__}'
+        elif changed := _attributes(one, other, origins.get(name), inside):
+            result[name] = changed
+    return result
+
+
+def _attributes(expected: nn.Module, found: nn.Module, before: nn.Module | None, inside: set[int]
+                ) -> str:
+    for key in ('_parameters', '_buffers'):
+        names, others = ({name for name, tensor in getattr(module, key).items()
+                          if tensor is not None} for module in (expected, found))
+        if names != others:
+            return f'only one form has {", ".join(sorted(names ^ others))}'
+    if _kind(expected) is nn.Identity:
+        return ''
+    if type(before) is type(expected) and before._modules.keys() == expected._modules.keys():
+        expected = before
+    one, other = _counted(expected), _counted(found)
+    names = one.keys() & other.keys() if type(expected) is not type(found) else (
+        one.keys() | other.keys())
+    for key in sorted(names):
+        pair = tuple(getattr(module, key, _Absent) for module in (expected, found))
+        if not _same(*pair, inside, {}):
+            return f'{key}: {_shown(pair[0])} became {_shown(pair[1])}'
+    return ''
+
+
+class _Absent:
+    """Stands for an attribute that is not there."""
+
+
+def _shown(value: Any) -> str:
+    text = ' '.join(repr(value).split())
+    return 'absent' if value is _Absent else text if len(text) < 60 else f'{text[:57]}...'
+
+
+def _counted(holder: Any) -> dict[str, Any]:
+    """What counts of an object's attributes, or of a dictionary."""
+    values = holder if isinstance(holder, Mapping) else vars(holder)
+    return {key: value for key, value in values.items() if key not in _NOT_COUNTED and not (
+        isinstance(value, (int, float)) and _DROP_RATE.fullmatch(str(key)))}
+
+
+def _kind(module: nn.Module) -> type:
+    """The class that says what a module computes in eval mode."""
+    if isinstance(module, (nn.Identity, _DropoutNd)) or type(module).__name__ == 'DropPath':
+        return nn.Identity
+    if isinstance(module, _BatchNorm) and type(module).forward in (
+            _BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return _BatchNorm
+    return nn.Conv2d if computes_as_conv2d(module) else _stock(type(module))
+
+
+def _stock(kind: type) -> type:
+    """A class of ours stands for the one that it is derived from."""
+    return next(base for base in kind.__mro__ if base.__module__.partition('.')[0] != _PACKAGE)
+
+
+def _same(one: Any, other: Any, inside: set[int], seen: dict[tuple[int, int], Any]) -> bool:
+    """Whether two values are the same in effect; `inside` are modules that are compared by name."""
+    same = functools.partial(_same, inside=inside, seen=seen)
+    if one is other or (id(one), id(other)) in seen or {id(one), id(other)} <= inside:
+        return True
+    seen[id(one), id(other)] = one, other  # kept alive: no other object gets their ids
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.numel() == other.numel() == 0 or (
+            scale_relative_error(one.detach(), other.detach()) <= _TOLERANCE)
+    if isinstance(one, type) and isinstance(other, type):
+        return _stock(one) is _stock(other)
+    if isinstance(one, nn.Module) and isinstance(other, nn.Module):
+        return _kind(one) is _kind(other) and same(
+            *({**_counted(module), **module._parameters, **module._buffers, **module._modules}
+              for module in (one, other)))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        one, other = _counted(one), _counted(other)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and one != one:
+        return isinstance(other, float) and other != other
+    if type(one) is type(other) and not isinstance(one, _VALUES):
+        parts = _PARTS.get(type(one)) or (('__dict__',) if hasattr(one, '__dict__') else ())
+        if parts:
+            return all(same(getattr(one, part), getattr(other, part)) for part in parts)
+        if type(one).__eq__ is object.__eq__:
+            return True  # nothing can be seen of them
+    try:
+        equal = one == other
+        return bool(equal.all() if hasattr(equal, 'all') else equal)
+    except Exception:  # arrays of two shapes, or whatever an object does
+        return False
