@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
+from ..checkpoints.expansion import without_wrappers
 from ..errors import ConfigError, VerificationError
 from ..reparam import VerificationReport, is_training_form, reparameterize, verify
 from .launch import bare_model
@@ -192,6 +193,8 @@ class ReparamTestHook(Hook):
             # Takes off the wrapper of a distributed run, which is for gradients only.
             deployed = reparameterize(runner.model)
         self._training_model, self._before = runner.model, bare_model(runner)
+        if hasattr(self._before, 'semi_test_cfg'):  # TeacherStudentValLoop switches it as it goes
+            without_wrappers(deployed).semi_test_cfg = self._before.semi_test_cfg
         self._complaints = []
         runner.model = deployed
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
@@ -90,11 +91,13 @@ def _moved(batch: Any, model: nn.Module) -> Any:
 def _recorded(model: nn.Module, outputs: dict[str, Any]) -> Iterator[None]:
     """Note what each part of an OpenMMLab model gives, also of one inside of another."""
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        calls = sum(key.partition(' ')[0] == name for key in outputs)
+        calls[name] += 1
+        if calls[name] > 1:
+            name = f'{name} (call {calls[name]})'
         # copies: the next layer may write into them
-        outputs[f'{name} (call {calls + 1})' if calls else name] = {
-            place: tensor.clone() for place, tensor in flattened(output)}
+        outputs.update((place, tensor.clone()) for place, tensor in flattened(output, name))
 
+    calls: Counter[str] = Counter()
     hooks = [part.register_forward_hook(functools.partial(record, f'{name}.{last}'.lstrip('.')))
              for name, module in model.named_modules() if _takes_mode(module)
              for last, part in module.named_children() if not _takes_mode(part)]
@@ -153,7 +156,7 @@ def flattened(value: Any, name: str = '') -> Iterator[tuple[str, Tensor]]:
             yield from flattened(item, f'{name}[{index}]')
     elif is_dataclass(value) or callable(getattr(value, 'items', None)):
         for key, item in (vars(value) if is_dataclass(value) else value).items():
-            yield from flattened(item, f'{name}.{key}'.strip('.') if key else name)
+            yield from flattened(item, f'{name}.{key}'.lstrip('.'))
 
 
 def scale_relative_error(expected: Tensor | None, found: Tensor | None, channels: int = 1,

@@ -73,7 +73,7 @@ def verify(before: nn.Module, after: nn.Module, inputs: Batch | Sequence[Batch]
         [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs)]
     with torch.no_grad(), exact_float32():
         expected = _re_parameterized(before, after)
-        tensors = tuple(_tensor_errors(expected, after))
+        tensors = tuple(_tensor_errors(expected, after, layers_with_branches(before)))
         unit = max(map(_unit, after.parameters()), default=0.0)
         for model in (before, after):
             nn.Module.float(model)  # mmdet's models with a teacher take no dtype in `to`
@@ -112,16 +112,25 @@ def _re_parameterized(before: nn.Module, after: nn.Module) -> nn.Module:
         return expected
 
 
-def _tensor_errors(expected: nn.Module, after: nn.Module) -> Iterator[OutputError]:
-    """How far each tensor is from the one expected, where both models have one."""
+def _tensor_errors(expected: nn.Module, after: nn.Module, layers: dict[str, ReparamConv2d]
+                   ) -> Iterator[OutputError]:
+    """How far each tensor is from the one expected, where both models have one.
+
+    A kernel is no more certain than the largest of the branches that add up to it.
+    """
     theirs, found = (dict([*model.named_parameters(), *model.named_buffers()])
                      for model in (expected, after))
     for name, tensor in theirs.items():
         if name in found and tensor.numel() and not name.endswith('num_batches_tracked'):
-            other = found[name]
-            error = scale_relative_error(tensor, other, len(tensor) if tensor.dim() > 1 else 1)
-            yield OutputError(name, str(other.dtype).removeprefix('torch.'), error,
-                              TENSOR_UNITS * max(map(_unit, (tensor, other))))
+            other, layer = found[name], layers.get(name.rpartition('.')[0])
+            tolerance = TENSOR_UNITS * max(map(_unit, (tensor, other)))
+            channels = len(tensor) if tensor.dim() > 1 else 1
+            error = scale_relative_error(tensor, other, channels)
+            if error > tolerance and hasattr(layer, 'branch_kernels') and (
+                    tensor.shape == layer.kernel_shape):
+                scale = sum(kernel.abs() for kernel in layer.branch_kernels().values())
+                error = scale_relative_error(tensor, other, channels, scale)
+            yield OutputError(name, str(other.dtype).removeprefix('torch.'), error, tolerance)
 
 
 def _unit(tensor: Tensor) -> float:
