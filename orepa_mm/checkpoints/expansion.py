@@ -78,7 +78,7 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
 
 
 def _for_teacher_and_student(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights of one detector, named as mmdet's semi-supervised detectors do while they load."""
+    """The weights of one detector, as MMDetection's semi-supervised ones name them to load both."""
     parts = ('teacher', 'student')
     if not (hasattr(model, 'semi_test_cfg') and all(hasattr(model, part) for part in parts)) or any(
             part in key for part in parts for key in state_dict):

@@ -64,10 +64,11 @@ def deploy_config(cfg: Config, form: str = 'plain') -> Config:
     model, registry = content.pop('model'), _model_registry()
     content = _without_ours(content, _registered_by_us())
     used = _used_detector_cfg(model, registry)
-    if used is not model and 'detector' in model:
-        for key in _OF_TEACHER_AND_STUDENT:
-            content.pop(key, None)
-        if content.get('val_cfg'):
+    if used is not model:
+        content = {key: value for key, value in content.items()
+                   if not key.startswith('teacher') and key != 'detector' and not (
+                       'detector' in model and key in _OF_TEACHER_AND_STUDENT)}
+        if 'detector' in model and content.get('val_cfg'):
             content['val_cfg'] = dict(type='ValLoop')
     try:
         content['model'] = _stock_model(used, registry)
@@ -227,10 +228,10 @@ def _used_detector_cfg(model: Any, registry: Registry) -> Any:
         own = (model.get('data_preprocessor') or {}).get('data_preprocessor')
         return {**model['detector'], **({'data_preprocessor': own} if own else {})}
     if _DISTILLED in names:
-        scope, dot, _ = model['type'].rpartition('.') if isinstance(model['type'], str) else [''] * 3
+        scope = ''.join(model['type'].rpartition('.')[:2]) if isinstance(model['type'], str) else ''
         return {**{key: value for key, value in model.items()
                    if not key.startswith('teacher_') and key != 'eval_teacher'},
-                'type': scope + dot + _without_teacher(found).__name__}
+                'type': scope + _without_teacher(found).__name__}
     return model
 
 

@@ -21,12 +21,12 @@ from .selection import SameSelection
 
 @dataclass
 class Run:
-    """What came of one batch: tensors by name (`neck[0]`, `output[1]`), and what failed."""
+    """What came of one batch: tensors by name (`neck[0]`, `output[1]`), or what failed."""
 
     mode: str | None  # with which `mode` an OpenMMLab model was called
+    selection: SameSelection
     outputs: dict[str, Tensor] = field(default_factory=dict)
     failure: str | None = None
-    selection: SameSelection = field(default_factory=SameSelection)
     proposals: list[Any] = field(default_factory=list)
 
 
@@ -41,19 +41,20 @@ def run(model: nn.Module, batch: Any, before: Run | None = None) -> Run:
         batch: Positional arguments in a list or tuple, or named ones in a dictionary; of these a
             model that is none of OpenMMLab's gets `inputs`.
         before: A run of another form of the model: the mode is the same, and so is what is
-            selected by score, proposals too. Differences of rounding must not become such of
-            selection; the scores are among the outputs.
+            selected by score, proposals too. The scores are among the outputs.
     """
     modes = [before.mode] if before else ['tensor', 'predict'] if _takes_mode(model) else [None]
+    device = next(model.parameters()).device
     runs = []
     for mode in modes:
-        runs.append(found := Run(mode, selection=SameSelection(before and before.selection)))
+        runs.append(found := Run(mode, SameSelection(before.selection if before else None)))
         parts: dict[str, Any] = {}
-        with (_recorded(model, parts), _same_proposals(model, found, before),
-              _same_random_numbers(model), torch.no_grad()):
+        with (_recorded(model, parts), _same_proposals(model, found, before), torch.no_grad(),
+              torch.random.fork_rng([device] if device.type == 'cuda' else [])):
+            torch.manual_seed(0)  # some heads draw in evaluation too (SegNeXt's)
             try:
                 with found.selection:
-                    parts['output'] = _call(model, _moved(batch, model), mode)
+                    parts['output'] = _called(model, batch, mode)
                 parts['selected from'] = found.selection.scores
             except Exception as error:  # whatever a model does with it: what failed is named
                 found.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -70,50 +71,41 @@ def _takes_mode(module: nn.Module) -> bool:
     return 'mode' in inspect.signature(module.forward).parameters
 
 
-def _call(model: nn.Module, batch: Any, mode: str | None) -> Any:
+def _called(model: nn.Module, batch: Any, mode: str | None) -> Any:
+    reference = next(model.parameters())
+    # all that is no tensor is copied: a model writes into data samples
+    batch = tree_map(lambda value: value.to(
+        reference if value.is_floating_point() else reference.device)
+        if isinstance(value, Tensor) else copy.deepcopy(value), batch)
     how = {} if mode is None else {'mode': mode}
     if not isinstance(batch, Mapping):
         return model(*batch, **how)
-    if mode is None and 'inputs' in batch:
-        return model(batch['inputs'])
-    return model(**batch, **how)
-
-
-def _moved(batch: Any, model: nn.Module) -> Any:
-    """The batch where the model is, in its precision; a copy of all else, a model writes into it."""
-    reference = next(model.parameters())
-    return tree_map(lambda value: value.to(
-        reference if value.is_floating_point() else reference.device)
-        if isinstance(value, Tensor) else copy.deepcopy(value), batch)
+    return model(batch['inputs']) if mode is None and 'inputs' in batch else model(**batch, **how)
 
 
 @contextlib.contextmanager
 def _recorded(model: nn.Module, outputs: dict[str, Any]) -> Iterator[None]:
     """Note what each part of an OpenMMLab model gives, also of one inside of another."""
+    calls: Counter[str] = Counter()
+
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
         calls[name] += 1
-        if calls[name] > 1:
-            name = f'{name} (call {calls[name]})'
+        place = f'{name} (call {calls[name]})' if calls[name] > 1 else name
         # copies: the next layer may write into them
-        outputs.update((place, tensor.clone()) for place, tensor in flattened(output, name))
+        outputs.update((name, tensor.clone()) for name, tensor in flattened(output, place))
 
-    calls: Counter[str] = Counter()
-    hooks = [part.register_forward_hook(functools.partial(record, f'{name}.{last}'.lstrip('.')))
-             for name, module in model.named_modules() if _takes_mode(module)
-             for last, part in module.named_children() if not _takes_mode(part)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            for last, part in module.named_children() if _takes_mode(module) else ():
+                if not _takes_mode(part):
+                    hooks.callback(part.register_forward_hook(
+                        functools.partial(record, f'{name}.{last}'.lstrip('.'))).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
 def _same_proposals(model: nn.Module, found: Run, before: Run | None) -> Iterator[None]:
     """Note the proposals that a detector selects by score, or give it those of another run."""
-    heads = [head for head in (getattr(module, 'rpn_head', None) for module in model.modules())
-             if hasattr(head, 'predict') and not hasattr(head, 'init_proposal_bboxes')]
-
     def shared(predict: Any, *args: Any, **kwargs: Any) -> Any:
         own, number = predict(*args, **kwargs), len(found.proposals)
         if before is not None and number < len(before.proposals):
@@ -122,21 +114,11 @@ def _same_proposals(model: nn.Module, found: Run, before: Run | None) -> Iterato
         found.proposals.append(copy.deepcopy(own))
         return own
 
-    for head in heads:
-        head.predict = functools.partial(shared, head.predict)
-    try:
-        yield
-    finally:
-        for head in heads:
-            del head.predict
-
-
-@contextlib.contextmanager
-def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Some heads draw some in evaluation too (SegNeXt's); afterwards all is as it was."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        torch.manual_seed(0)
+    with contextlib.ExitStack() as stack:
+        for head in [getattr(module, 'rpn_head', None) for module in model.modules()]:
+            if hasattr(head, 'predict') and not hasattr(head, 'init_proposal_bboxes'):
+                head.predict = functools.partial(shared, head.predict)
+                stack.callback(delattr, head, 'predict')
         yield
 
 
@@ -179,16 +161,13 @@ def scale_relative_error(expected: Tensor | None, found: Tensor | None, channels
     # on the CPU: not every device has float64
     one, other = (tensor.detach().cpu().to(torch.cdouble if tensor.is_complex() else torch.double)
                   .reshape(channels, -1) for tensor in (expected, found))
-    infinite = one.isinf() & (one == other)
-    difference, size = ((tensor.abs().masked_fill(infinite, 0)) for tensor in (one - other, one))
+    same_infinity = one.isinf() & (one == other)
+    difference, size = (tensor.abs().masked_fill(same_infinity, 0) for tensor in (one - other, one))
     if scale is not None:
-        size = size.maximum(scale.detach().cpu().double().reshape(channels, -1).abs())
+        size = size.maximum(scale.cpu().double().reshape(channels, -1).abs())
     difference, size = difference.amax(1), size.amax(1)
     if not (difference.isfinite().all() and size.isfinite().all()):
         return math.inf
-    # a channel that is next to nothing is what cancellation left; nor does rounding get smaller
-    # than the smallest normal number
-    smallest = max(size.max().item() * 1e-6, torch.finfo(torch.float32).tiny)
-    if channels > 1:
-        size = size.clamp(min=smallest)
+    if channels > 1:  # one that is next to nothing is what cancellation left, or below all rounding
+        size = size.clamp(min=max(size.max().item() * 1e-6, torch.finfo(torch.float32).tiny))
     return torch.where(difference == 0, 0, difference / size).max().item()

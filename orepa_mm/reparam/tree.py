@@ -1,12 +1,13 @@
-"""Whether two models are the same tree: modules, types, and the settings that count in eval mode."""
+"""Whether two models are the same tree: modules, types, settings that count in eval mode."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import re
+import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,24 +18,23 @@ from torch.utils._pytree import tree_leaves
 from .fold import computes_as_conv2d
 from .raw_outputs import scale_relative_error
 
-#: What no forward pass in eval mode reads: of training, of how a module was built, marks of ours.
+#: What no forward pass in eval mode reads: of training, of how a module was built, what a runner or
+#: an inferencer notes on a model, marks of ours.
 _NOT_COUNTED = {
     'inplace', 'momentum', 'norm_eval', 'frozen_stages', 'with_cp', 'use_checkpoint', 'train_cfg',
     'init_cfg', 'conv_cfg', 'norm_cfg', 'pretrained', '_is_init', '_params_init_info', '_device',
-    'deploy', 'reparameterized', 'gained_bias', 'folded_norm', 'published_init',
-    *vars(nn.Module()), '_compiled_call_impl', '_is_full_backward_hook'}
-_PACKAGE = __name__.partition('.')[0]
-#: Rates of what drops something in training only.
+    'dataset_meta', '_dataset_meta', 'cfg', '_config', 'CLASSES', 'PALETTE', 'deploy',
+    'reparameterized', 'gained_bias', 'folded_norm', *vars(nn.Module())}
 _DROP_RATE = re.compile(r'(.*_)?drop(out|path|block)?(_?(p|path|prob|rate|ratio))*')
-#: What is compared by its value, whatever attributes it has.
+#: What is compared by its value, and what a function and its like consist of.
 _VALUES = (str, bytes, int, float, complex, set, frozenset)
-#: What a function, and what is like one, consists of.
 _PARTS: dict[type, tuple[str, ...]] = {
     types.FunctionType: ('__code__', '__defaults__', '__kwdefaults__', '__closure__'),
     types.MethodType: ('__func__', '__self__'), types.CellType: ('cell_contents',),
     functools.partial: ('func', 'args', 'keywords')}
 #: Largest error of a tensor that an object holds, which a forward pass may have computed.
 _TOLERANCE = 1e-4
+_PACKAGE = __name__.partition('.')[0]
 
 
 def independent_copy(model: nn.Module) -> nn.Module:
@@ -52,27 +52,26 @@ def independent_copy(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model, dict(memo))
     except Exception as error:
-        where = next((f'{name}.{key}'.lstrip('.') for name, module in model.named_modules()
-                      for key, value in vars(module).items()
-                      if key != '_modules' and not _can_be_copied(value, memo)), 'something in it')
         raise TypeError(f'{type(model).__name__} cannot be copied to be run on its own, for its '
-                        f'{where}: {error}. Take that out of the model before') from error
+                        f'{next(_uncopied(model, memo), "objects")}: {error}. Take that out of '
+                        'the model before') from error
     copied.eval()  # a statement of its own: not every train() returns itself
     return copied
 
 
-def _can_be_copied(value: Any, memo: Mapping[int, Any]) -> bool:
-    try:
-        copy.deepcopy(value, dict(memo))
-    except Exception:
-        return False
-    return True
+def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> Iterator[str]:
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            try:
+                copy.deepcopy(None if key == '_modules' else value, dict(memo))
+            except Exception:
+                yield f'{name}.{key}'.lstrip('.')
 
 
 def differences(expected: nn.Module, found: nn.Module, before: nn.Module) -> dict[str, str]:
     """Where two models are not the same tree.
 
-    Tensors that a state dict would name are not compared, only that they are there.
+    Of the tensors that modules have by name it is only compared that they are there.
 
     Args:
         expected: The model before, re-parameterized.
@@ -85,53 +84,43 @@ def differences(expected: nn.Module, found: nn.Module, before: nn.Module) -> dic
     """
     modules, others, origins = (dict(model.named_modules(remove_duplicate=False))
                                 for model in (expected, found, before))
-    inside = {id(module) for module in (*modules.values(), *others.values(), *origins.values())}
-    result = {}
+    inside = {id(module) for tree in (modules, others, origins) for module in tree.values()}
+    result: dict[str, str] = {}
     for name in [*modules, *(others.keys() - modules.keys())]:
         parent = name.rpartition('.')[0]
-        if parent in result or (parent not in modules or parent not in others) and name:
+        if name and (parent in result or not {parent} <= modules.keys() & others.keys()):
             continue  # said of the parent
         one, other = modules.get(name), others.get(name)
         if one is None or other is None:
             result[name] = f'only the {"deployed" if one is None else "training"} form has it'
         elif _kind(one) is not _kind(other):
             result[name] = f'{type(one).__name__} became {type(other).__name__}'
-        elif changed := _attributes(one, other, origins.get(name), inside):
+        elif changed := _change(one, other, origins.get(name), inside):
             result[name] = changed
     return result
 
 
-def _attributes(expected: nn.Module, found: nn.Module, before: nn.Module | None, inside: set[int]
-                ) -> str:
-    for key in ('_parameters', '_buffers'):
-        names, others = ({name for name, tensor in getattr(module, key).items()
-                          if tensor is not None} for module in (expected, found))
-        if names != others:
-            return f'only one form has {", ".join(sorted(names ^ others))}'
+def _change(expected: nn.Module, found: nn.Module, before: nn.Module | None, inside: set[int]
+            ) -> str:
+    """What differs between two modules of a kind, beside the values of tensors and the children."""
+    names, others = ({name for name, tensor in {**module._parameters, **module._buffers}.items()
+                      if tensor is not None} for module in (expected, found))
+    if names != others:
+        return f'only one form has {", ".join(sorted(names ^ others))}'
     if _kind(expected) is nn.Identity:
         return ''
     if type(before) is type(expected) and before._modules.keys() == expected._modules.keys():
         expected = before
     one, other = _counted(expected), _counted(found)
-    names = one.keys() & other.keys() if type(expected) is not type(found) else (
-        one.keys() | other.keys())
-    for key in sorted(names):
-        pair = tuple(getattr(module, key, _Absent) for module in (expected, found))
-        if not _same(*pair, inside, {}):
-            return f'{key}: {_shown(pair[0])} became {_shown(pair[1])}'
+    same_type = type(expected) is type(found)  # else one of ours stands for the stock one
+    for key in sorted(one.keys() | other.keys() if same_type else one.keys() & other.keys()):
+        was, is_now = (getattr(module, key, '(absent)') for module in (expected, found))
+        if not _same(was, is_now, inside, {}):
+            return f'{key}: {reprlib.repr(was)} became {reprlib.repr(is_now)}'
     return ''
 
 
-class _Absent:
-    """Stands for an attribute that is not there."""
-
-
-def _shown(value: Any) -> str:
-    text = ' '.join(repr(value).split())
-    return 'absent' if value is _Absent else text if len(text) < 60 else f'{text[:57]}...'
-
-
-def _counted(holder: Any) -> dict[str, Any]:
+def _counted(holder: Any) -> dict[Any, Any]:
     """What counts of an object's attributes, or of a dictionary."""
     values = holder if isinstance(holder, Mapping) else vars(holder)
     return {key: value for key, value in values.items() if key not in _NOT_COUNTED and not (
@@ -158,10 +147,9 @@ def _same(one: Any, other: Any, inside: set[int], seen: dict[tuple[int, int], An
     same = functools.partial(_same, inside=inside, seen=seen)
     if one is other or (id(one), id(other)) in seen or {id(one), id(other)} <= inside:
         return True
-    seen[id(one), id(other)] = one, other  # kept alive: no other object gets their ids
+    seen[id(one), id(other)] = one, other  # held: no other object gets their ids
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.numel() == other.numel() == 0 or (
-            scale_relative_error(one.detach(), other.detach()) <= _TOLERANCE)
+        return one.numel() == other.numel() == 0 or scale_relative_error(one, other) <= _TOLERANCE
     if isinstance(one, type) and isinstance(other, type):
         return _stock(one) is _stock(other)
     if isinstance(one, nn.Module) and isinstance(other, nn.Module):
@@ -179,7 +167,7 @@ def _same(one: Any, other: Any, inside: set[int], seen: dict[tuple[int, int], An
         parts = _PARTS.get(type(one)) or (('__dict__',) if hasattr(one, '__dict__') else ())
         if parts:
             return all(same(getattr(one, part), getattr(other, part)) for part in parts)
-        if type(one).__eq__ is object.__eq__:
+        if type(one).__eq__ is object.__eq__:  # type: ignore[comparison-overlap]
             return True  # nothing can be seen of them
     try:
         equal = one == other

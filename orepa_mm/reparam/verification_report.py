@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-#: How many lines of a kind are printed.
-_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -16,8 +13,7 @@ class OutputError:
 
     Attributes:
         name: Which, e.g. `neck[0]`, `output[1][2]`, `backbone.conv1.weight`.
-        dtype: `float32`, in which both forms computed; of a stored tensor the type in
-            which it is stored.
+        dtype: `float32`, in which both forms computed; of a stored tensor its type.
         error: Largest absolute difference over the largest absolute value expected;
             infinite where a value is not a number, only one is infinite, or the shapes
             differ.
@@ -61,19 +57,8 @@ class VerificationReport:
     dead: tuple[str, ...] = ()
 
     @property
-    def first_difference(self) -> str | None:
-        """The first layer with another tensor, or else the first that is set up otherwise."""
-        layers = [*(error.name.rpartition('.')[0] for error in self.tensors if not error.passed),
-                  *self.differences]
-        return (layers[0] or 'itself') if layers else None
-
-    @property
     def passed(self) -> bool:
-        """Whether all that was compared agrees, and both forms ran.
-
-        False without outputs, where a layer was not converted, and where the
-        model after is another network.
-        """
+        """Whether both forms ran, are one network, and all that was compared agrees."""
         return (bool(self.errors)
                 and not (self.differences or self.unconverted or self.skipped)
                 and all(error.passed for error in (*self.errors, *self.tensors)))
@@ -82,6 +67,13 @@ class VerificationReport:
     def complete(self) -> bool:
         """Whether it passed, with nothing left out that the raw outputs could have shown."""
         return self.passed and not (self.not_run or self.dead)
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first layer with another tensor, or else the first that is set up otherwise."""
+        layers = [*(error.name.rpartition('.')[0] for error in self.tensors if not error.passed),
+                  *self.differences]
+        return (layers[0] or 'itself') if layers else None
 
     def largest(self, dtype: str = 'float32') -> OutputError:
         """The raw output with the largest error.
@@ -96,52 +88,43 @@ class VerificationReport:
 
     def explain(self) -> str:
         """What failed, how much and where, or that all is equal; and what was not compared."""
-        return '\n'.join([*self._failures(), *self._remarks()])
+        return '\n'.join(self._lines())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types only, for a file; of `tensors` the largest error and the failed ones."""
-        largest = max(self.tensors, key=lambda e: e.error / e.tolerance, default=None)
+        largest = max(self.tensors, key=lambda e: e.error / (e.tolerance or 1), default=None)
         return {**asdict(self), 'passed': self.passed, 'complete': self.complete,
                 'explanation': self.explain(), 'first_difference': self.first_difference,
                 'tensors': {'compared': len(self.tensors), 'largest': largest and asdict(largest),
                             'failed': [asdict(e) for e in self.tensors if not e.passed]}}
 
-    def _failures(self) -> Iterator[str]:
+    def _lines(self) -> Iterator[str]:
         if self.passed:
             yield 'the raw outputs and all tensors of both forms agree'
-            return
-        yield from self.skipped
-        if not (self.errors or self.skipped):
+        elif not (self.errors or self.skipped):
             yield ('there was no input to compare the two forms on, or no tensor came out of it '
                    'that is not zero')
-        if self.unconverted:
-            yield f'not converted: {", ".join(self.unconverted)}'
+        outputs, tensors = map(_failed, (self.errors, self.tensors))
+        others = [f'{name or "the model"}: {text}' for name, text in self.differences.items()]
         for title, lines in (
-                ('another network:', [f'{name or "the model"}: {text}'
-                                      for name, text in self.differences.items()]),
+                ('not compared, for it failed', self.skipped),
+                ('not converted', self.unconverted), ('another network', others),
                 ('scale-relative errors of the raw outputs (infinite: not a number, infinite in '
-                 'one form, or another shape):', _failed(self.errors)),
-                ('stored tensors that are not those of the model before:', _failed(self.tensors))):
+                 'one form, or another shape)', outputs),
+                ('stored tensors that are not those of the model before', tensors),
+                ('no raw output depends on', self.not_run),
+                ('zero in both forms, which proves nothing', self.dead)):
             if lines:
-                yield title
-                yield from (f'  {line}' for line in lines[:_LINES])
-            if len(lines) > _LINES:
-                yield f'  and {len(lines) - _LINES} more'
+                more = f'\n  and {len(lines) - 8} more' if len(lines) > 8 else ''
+                yield f'{title}:\n  ' + '\n  '.join(lines[:8]) + more
         if self.first_difference:
             yield f'the difference starts in the layer {self.first_difference}'
-
-    def _remarks(self) -> Iterator[str]:
-        if _failed(self.errors) and not (self.differences or _failed(self.tensors)):
+        elif outputs:
             yield ('every tensor and every setting agrees: something else acts on the outputs (a '
                    'hook, a method that was replaced), or the model amplifies the rounding of '
                    'float32, by which its own outputs are uncertain')
-        for title, names in (('no raw output depends on', self.not_run),
-                             ('zero in both forms, which proves nothing', self.dead)):
-            if names:
-                more = f' and {len(names) - _LINES} more' if len(names) > _LINES else ''
-                yield f'{title}: {", ".join(names[:_LINES])}{more}'
 
 
-def _failed(errors: tuple[OutputError, ...]) -> list[str]:
+def _failed(errors: Sequence[OutputError]) -> list[str]:
     return [f'{e.name} in {e.dtype}: {e.error:.2e}, allowed {e.tolerance:.0e}'
             for e in sorted(errors, key=lambda e: -e.error) if not e.passed]

@@ -22,7 +22,7 @@ from .verification_report import OutputError, VerificationReport
 TOLERANCE = 1e-4
 #: Units of rounding by which a stored tensor may be off, and by which kernels stored in half
 #: precision may make outputs differ.
-TENSOR_UNITS, OUTPUT_UNITS = 4, 8
+UNITS = 8
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
@@ -54,8 +54,7 @@ def verify(before: nn.Module, after: nn.Module, inputs: Batch | Sequence[Batch]
             (`inputs` and `data_samples`), or a list of positional arguments.
 
     Returns:
-        The errors of all of these, what did not run, layers that were not
-        converted, and where a difference starts.
+        The errors of all of these, what did not run, and layers that were not converted.
 
     Raises:
         TypeError: If a model cannot be copied; it names the attribute.
@@ -69,25 +68,36 @@ def verify(before: nn.Module, after: nn.Module, inputs: Batch | Sequence[Batch]
         True
     """
     before, after = (independent_copy(unwrapped(model)) for model in (before, after))
-    batches = [(batch,) if isinstance(batch, Tensor) else batch for batch in (
-        [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs)]
+    unit = max(map(_unit, after.parameters()), default=0.0)
+    errors: dict[str, float] = {}
+    dead, skipped, layers = set(), set(), layers_with_branches(before)
+    not_run = set(layers)
     with torch.no_grad(), exact_float32():
         expected = _re_parameterized(before, after)
-        tensors = tuple(_tensor_errors(expected, after, layers_with_branches(before)))
-        unit = max(map(_unit, after.parameters()), default=0.0)
+        tensors = tuple(_tensor_errors(expected, after, layers))
         for model in (before, after):
             nn.Module.float(model)  # mmdet's models with a teacher take no dtype in `to`
-        outputs = _Outputs(before, after)
-        for batch in batches:
-            outputs.compare(batch)
+        for name, layer in layers.items():
+            layer.register_forward_hook(lambda *args, name=name: not_run.discard(name))
+        for batch in [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs:
+            batch = (batch,) if isinstance(batch, Tensor) else batch
+            first = run(before, batch)
+            second = run(after, batch, first)
+            skipped |= {f'the {form} form does not run: {of.failure}'
+                        for form, of in (('training', first), ('deployed', second)) if of.failure}
+            for name in first.outputs.keys() | second.outputs.keys():
+                one, other = first.outputs.get(name), second.outputs.get(name)
+                error = scale_relative_error(one, other)
+                if one is not None and error == 0 and not one.masked_fill(one.isinf(), 0).any():
+                    dead.add(name)
+                else:
+                    errors[name] = max(error, errors.get(name, 0.0))
         others = differences(expected, after, before)
-    tolerance = max(TOLERANCE, OUTPUT_UNITS * unit)
+    tolerance = max(TOLERANCE, UNITS * unit)
     return VerificationReport(
-        errors=tuple(OutputError(name, 'float32', error, tolerance)
-                     for name, error in sorted(outputs.errors.items())),
-        tensors=tensors, differences=others,
-        unconverted=tuple(layers_with_branches(after)), skipped=tuple(outputs.skipped),
-        not_run=tuple(sorted(outputs.not_run)), dead=tuple(sorted(outputs.dead)))
+        tuple(OutputError(name, 'float32', errors[name], tolerance) for name in sorted(errors)),
+        tensors, others, tuple(layers_with_branches(after)),
+        *map(tuple, map(sorted, (skipped, not_run, dead))))
 
 
 def layers_with_branches(model: nn.Module) -> dict[str, ReparamConv2d]:
@@ -112,54 +122,27 @@ def _re_parameterized(before: nn.Module, after: nn.Module) -> nn.Module:
         return expected
 
 
-def _tensor_errors(expected: nn.Module, after: nn.Module, layers: dict[str, ReparamConv2d]
+def _tensor_errors(expected: nn.Module, after: nn.Module, layers: Mapping[str, Any]
                    ) -> Iterator[OutputError]:
     """How far each tensor is from the one expected, where both models have one.
 
-    A kernel is no more certain than the largest of the branches that add up to it.
+    A kernel is no more certain than the branches that add up to it; those of a stem come from a
+    chain, in which all channels have a part.
     """
-    theirs, found = (dict([*model.named_parameters(), *model.named_buffers()])
+    theirs, found = ({**dict(model.named_parameters()), **dict(model.named_buffers())}
                      for model in (expected, after))
     for name, tensor in theirs.items():
         if name in found and tensor.numel() and not name.endswith('num_batches_tracked'):
             other, layer = found[name], layers.get(name.rpartition('.')[0])
-            tolerance = TENSOR_UNITS * max(map(_unit, (tensor, other)))
+            tolerance = UNITS * max(map(_unit, (tensor, other)))
             channels = len(tensor) if tensor.dim() > 1 else 1
             error = scale_relative_error(tensor, other, channels)
-            if error > tolerance and hasattr(layer, 'branch_kernels') and (
-                    tensor.shape == layer.kernel_shape):
-                scale = sum(kernel.abs() for kernel in layer.branch_kernels().values())
-                error = scale_relative_error(tensor, other, channels, scale)
+            if layer is not None and error > tolerance and tensor.shape == layer.kernel_shape:
+                branches: Any = getattr(layer, 'branch_kernels', dict)().values()
+                scale = torch.stack([*branches]).abs().sum(0) if branches else None
+                error = scale_relative_error(tensor, other, channels if branches else 1, scale)
             yield OutputError(name, str(other.dtype).removeprefix('torch.'), error, tolerance)
 
 
 def _unit(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
-
-
-class _Outputs:
-    """The raw outputs of two models in float32; errors are the largest of all batches."""
-
-    def __init__(self, before: nn.Module, after: nn.Module) -> None:
-        self.models = before, after
-        self.errors: dict[str, float] = {}
-        self.dead: set[str] = set()
-        self.skipped: dict[str, None] = {}
-        layers = layers_with_branches(before)
-        self.not_run = set(layers)
-        for name, layer in layers.items():
-            layer.register_forward_hook(lambda *args, name=name: self.not_run.discard(name))
-
-    def compare(self, batch: Any) -> None:
-        before = run(self.models[0], batch)
-        after = run(self.models[1], batch, before)
-        for form, of in (('training', before), ('deployed', after)):
-            if of.failure is not None:
-                self.skipped[f'the {form} form does not run: {of.failure}'] = None
-        for name in before.outputs.keys() | after.outputs.keys():
-            expected, found = before.outputs.get(name), after.outputs.get(name)
-            error = scale_relative_error(expected, found)
-            if error == 0 and not expected.masked_fill(expected.isinf(), 0).any():
-                self.dead.add(name)
-            else:
-                self.errors[name] = max(error, self.errors.get(name, 0.0))
