@@ -1,4 +1,4 @@
-"""A stock model in training form, from its own config: `type='Expanded'`."""
+"""Stock models from their own configs: in training form, or with their BN folded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..layers import ReparamConv2d, reparam_layers
-from .expand import expand as expand_model
-from .expand import replaced
+from ..reparam import expand as expand_model
+from ..reparam import fold_batch_norm
+from ..reparam.copies import replaced
 
 #: Options of `expand` that a config may give.
 _OPTIONS = ('conv_cfg', 'include', 'exclude')
@@ -65,6 +66,29 @@ def build_expanded(model_type: str, expand: Mapping[str, Any] | None = None, **c
         # on the instance, since its class stays the stock one; copies get a partial of their own
         model.init_weights = functools.partial(  # type: ignore[assignment]
             _init_in_plain_form, model, blocks)
+    return model
+
+
+@MODELS.register_module(name='BNFolded')
+def build_bn_folded(model_type: str, **cfg: Any) -> nn.Module:
+    """Build a stock model whose BN is folded, for the weights that were saved of one.
+
+    No stock config can say that a convolution before a BN has a bias and the
+    BN is gone. This builds the stock model, folds, and returns it: whatever
+    reads the config or the model finds the stock one.
+
+    Args:
+        model_type: The stock model, e.g. `FasterRCNN`.
+        **cfg: Its config.
+
+    Returns:
+        The stock model, `nn.Identity` in place of each folded BN.
+
+    Example:
+        >>> model = dict(type='BNFolded', model_type='FasterRCNN', backbone=...)
+    """
+    model = MODELS.build({'type': model_type, **cfg})
+    fold_batch_norm(model)
     return model
 
 
