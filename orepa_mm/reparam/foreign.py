@@ -100,7 +100,7 @@ def convert(block: nn.Module) -> tuple[nn.Module | None, str | None]:
         if wrong:
             return None, (f'by {name}() it would compute another function, off by '
                           f'{max(wrong):.2g} of its largest output')
-        if errors[0] is None and len(errors) > 1:
+        if errors[0] is None and any(map(protocol, list(before.modules())[1:])):
             return None, 'it runs on no random input: its blocks are converted one by one'
         settings = _Settings(block)
         after = _call(block, name, dtype)
@@ -161,12 +161,13 @@ class _FactoriesMake(TorchFunctionMode):
 
 
 class _Settings:
-    """What such methods forget, by name of the module; what is new takes it from around it."""
+    """What such methods forget; what is new takes it from the module around it."""
 
     def __init__(self, block: nn.Module) -> None:
         self.tensors = {tensor: (tensor.dtype, tensor.requires_grad)
                         for tensor in (*block.parameters(), *block.buffers())}
-        self.training = {name: module.training for name, module in block.named_modules()}
+        self.training = {key: module.training for name, module in block.named_modules()
+                         for key in (name, module)}
         self.of = {}
         for name, module in block.named_modules():
             parameters = [p for p in module.parameters() if p.is_floating_point()]
@@ -181,8 +182,8 @@ class _Settings:
             tensor.data = tensor.data.to(dtype)
             tensor.requires_grad_(trainable)
         for name, module in block.named_modules():
-            module.training = next(self.training[part] for part in _around(name)
-                                   if part in self.training)
+            module.training = next(self.training[key] for key in (module, *_around(name))
+                                   if key in self.training)
             like = next((self.of[part] for part in _around(name) if part in self.of), None)
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if (tensor is None or tensor in self.tensors or like is None

@@ -117,24 +117,32 @@ def _blocks_converted(model: nn.Module) -> tuple[nn.Module, Counter[str], list[s
         The model, or what comes in its own place; how many by which method; and which
         were left or not proven, with the reason, a line each.
     """
-    asked: set[nn.Module] = set()
     done: Counter[str] = Counter()
     left: dict[str, list[str]] = {}
-    while (found := next(((name, module) for name, module in model.named_modules()
-                          if module not in asked and protocol(module)), None)):
-        name, block = found
+    others: dict[nn.Module, nn.Module] = {}
+
+    def visit(block: nn.Module, name: str) -> nn.Module:
+        if block in others:
+            return others[block]
+        others[block] = block
         kind, method = type(block).__name__, protocol(block)
-        asked.add(block)
-        if is_ours(block):
-            getattr(block, str(method))()
-            continue
-        after, why = convert(block)
-        if why:
-            state = 'stays as it is' if after is None else 'was converted, but not compared'
-            left.setdefault(f'({kind}) {state}: {why}', []).append(name or 'itself')
-        if after is not None:
-            done[f'{kind} by its own {method}'] += 1
-            model = replaced(model, {block: after})
+        if method and is_ours(block):
+            getattr(block, method)()
+        elif method:
+            after, why = convert(block)
+            if why:
+                state = 'stays as it is' if after is None else 'was converted, but not compared'
+                left.setdefault(f'({kind}) {state}: {why}', []).append(name or 'itself')
+            if after is not None:
+                done[f'{kind} by its own {method}'] += 1
+                others[block] = block = after
+        for key, child in list(block._modules.items()):
+            if child is not None:
+                block._modules[key] = visit(child, f'{name}.{key}' if name else key)
+        return block
+
+    model = visit(model, '')
+    model = replaced(model, others)  # in plain lists as well
     return model, done, [f'{shortened(names)} {why}' for why, names in left.items()]
 
 
