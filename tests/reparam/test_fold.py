@@ -86,7 +86,9 @@ NOT_FOLDED = {
 
 @pytest.mark.parametrize('name', NOT_FOLDED)
 def test_what_does_not_follow_a_convolution_stays(name):
-    model = randomize(NOT_FOLDED[name]()).eval()  # a fresh BN would commute with much
+    model = NOT_FOLDED[name]().eval()
+    if name != 'no running statistics':
+        randomize(model)  # a fresh BN would commute with much
     after, count = folded(model)
     assert count == 0
     assert [type(m) for m in after.modules()] == [type(m) for m in model.modules()]
