@@ -1,4 +1,4 @@
-"""What the package says while it works: through MMEngine's logger if that is loaded."""
+"""Messages: to MMEngine's logger where MMEngine is in use, otherwise to `logging`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 
 
 def log(message: str, level: int = logging.INFO) -> None:
-    """Log a line.
+    """Log a message.
 
     Args:
-        message: The line.
+        message: One line or more.
         level: As of `logging`.
     """
-    engine = sys.modules.get('mmengine.logging')
-    if engine is not None:
-        engine.print_log(message, 'current', level)
+    if sys.modules.get('mmengine') is not None:
+        from mmengine.logging import print_log
+        print_log(message, 'current', level)
     else:
         logging.getLogger('orepa_mm').log(level, message)

@@ -341,7 +341,7 @@ def _generating(model: nn.Module) -> list[ReparamConv2d | ReferenceConv2d]:
 
 def _kernels(layers: Sequence[ReparamConv2d | ReferenceConv2d]) -> list[Tensor]:
     """All kernels as the forward pass takes them; `weight` would hand out what may be written."""
-    return [layer.kernel() if isinstance(layer, ReferenceConv2d) else layer._kernel()
+    return [layer.kernel() if isinstance(layer, ReferenceConv2d) else layer._generate()
             for layer in layers]
 
 

@@ -97,16 +97,12 @@ class ReparamBackboneMixin:
         self.deploy = True
 
     def _freeze_stages(self) -> None:
-        """Freeze as the stock class does; let frozen layers keep their kernel in training."""
+        """Freeze as the stock class does."""
         super()._freeze_stages()
         if self.frozen_stages < 0:
             return
-        start = self.stem if hasattr(self, 'stem') else self.conv1
-        start.eval()  # of a 7 x 7 stock classes freeze the parameters only
-        for part in (start, *(getattr(self, self.stage_name.format(number))
-                              for number in range(1, self.frozen_stages + 1))):
-            for layer in reparam_layers(part):
-                layer.frozen = True
+        # of a 7 x 7 stock classes freeze the parameters only
+        (self.stem if hasattr(self, 'stem') else self.conv1).eval()
 
     def train(self, mode: bool = True) -> ReparamBackboneMixin:
         """Set the mode; returns itself, as the stock class forgets to."""

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from ..analysis.measure import (
     count_multiply_adds,
     count_parameters,
-    forget_kernels,
     measure_latency,
 )
 from ..backbones.registration import PACKAGES
@@ -357,17 +356,12 @@ def _costs(before: nn.Module, after: nn.Module, batch: dict, rounds: int) -> dic
     def predict(model: nn.Module) -> object:
         return model(batch['inputs'], samples, mode='predict')
 
-    def squeeze_and_predict(model: nn.Module) -> object:
-        forget_kernels(model)
-        return predict(model)
-
     multiply_adds = {
-        form: count_multiply_adds(lambda model=model: squeeze_and_predict(model))
+        form: count_multiply_adds(lambda model=model: predict(model))
         for form, model in zip(FORMS, (before, after))
     }
     with torch.no_grad():
         latency = measure_latency({'training': lambda: predict(before),
-                                   'deployed': lambda: predict(after),
-                                   'squeezing': lambda: squeeze_and_predict(before)}, rounds)
+                                   'deployed': lambda: predict(after)}, rounds)
     return {'multiply_adds': multiply_adds, 'latency_ms': latency,
             'input_shape': list(batch['inputs'].shape)}

@@ -85,9 +85,6 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
                                     ('latency, median (ms)', 'latency_ms', 1, 1)):
         if key in report:  # nothing runs without a test image
             rows.append((name, *(f'{report[key][form] / unit:.{digits}f}' for form in FORMS)))
-    if 'latency_ms' in report:
-        rows.append(('latency with kernels squeezed at every call (ms)',
-                     f'{report["latency_ms"]["squeezing"]:.1f}', ''))
     for kind, error in report['largest_difference'].items():
         rows.append((f'largest relative output difference, {_KINDS[kind]}', '', f'{error:.1e}'))
     layers = report['verification']['layers']
