@@ -111,7 +111,12 @@ def _convolution(layer: ReparamConv2d, name: str) -> nn.Conv2d:
 def _names(kind: type[ReparamConv2d], kernel_size: tuple[int, int]) -> frozenset[str]:
     """What a layer of this type holds by itself."""
     fresh = kind(8, 8, kernel_size, padding=kernel_size[0] // 2, device='meta')
-    return frozenset((*vars(fresh), *fresh._parameters, *fresh._buffers, *fresh._modules))
+    return frozenset((*vars(fresh), *fresh._parameters, *fresh._buffers, *fresh._modules,
+                      *_methods(kind)))
+
+
+def _methods(kind: type[nn.Module]) -> set[str]:
+    return set(dir(kind)) - set(dir(nn.Conv2d))
 
 
 def carry_over(old: nn.Module, new: nn.Module, names: Collection[str]) -> None:
@@ -123,9 +128,8 @@ def carry_over(old: nn.Module, new: nn.Module, names: Collection[str]) -> None:
         names: Of attributes that are of the old one's class.
     """
     for name in _HOOKS:
-        hooks = {key: hook for key, hook in vars(old)[name].items()
-                 if not isinstance(hook, _SETTERS)}
-        vars(new)[name].update(hooks)
+        vars(new)[name].update({key: hook for key, hook in vars(old)[name].items()
+                                if not isinstance(hook, _SETTERS)})
     new._is_full_backward_hook = old._is_full_backward_hook
-    vars(new).update({name: value for name, value in vars(old).items() if name not in names
-                      and not hasattr(type(old), name) and not hasattr(new, name)})
+    taken = {*names, *hidden_methods(old), *vars(new), *_methods(type(new))}
+    vars(new).update({name: value for name, value in vars(old).items() if name not in taken})

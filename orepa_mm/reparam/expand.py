@@ -21,6 +21,8 @@ from .reparameterize import unwrapped
 
 #: What builds a block, by the type in its config; others are for mmcv, where it is loaded.
 _BUILDERS = {'OREPA': build_orepa_conv, 'DBB': build_dbb_conv}
+#: A dtype of a larger unit of rounding cannot hold a sum of branches as a kernel needs it.
+_HALF_PRECISION = 1e-4
 #: What a stock convolution holds, and a mark of one that was re-parameterized.
 _NAMES = frozenset((*vars(nn.Conv2d(1, 1, 1, device='meta')), 'reparameterized', 'gained_bias'))
 
@@ -32,14 +34,15 @@ def expand(model: nn.Module, conv_cfg: Mapping[str, Any] | None = None,
 
     The counterpart of `reparameterize`: the model computes what it computed,
     and has branches to be trained on. Each kernel is put into a block through
-    its origin branch, in float64 (`ReparamConv2d.set_kernel`); the other branches
-    start as published. Dtype, device, memory format, training flag, `requires_grad`
+    its origin branch, in float64; the other branches contribute nothing at first,
+    and have a gradient (`ReparamConv2d.start_from`; option `start`). Dtype, device, memory format, training flag, `requires_grad`
     of weight and bias, hooks and attributes are kept; a shared convolution stays
     shared, convolutions whose weights are tied become blocks whose branches are,
     and plain lists that hold a convolution hold its block.
 
     Left as they are: convolutions whose name does not match, those without a
-    block (even or oblong kernels), what is no stock convolution (transposed,
+    block (even or oblong kernels), those that a block would miss by more than
+    rounding (of a stem in half precision), what is no stock convolution (transposed,
     deformable, parametrized, pruned or weight-standardised ones, subclasses and
     instances with methods of their own), and what is tied to a tensor that has no
     block. The log names them.
@@ -156,7 +159,15 @@ def _block_of(conv: nn.Conv2d, conv_cfg: Mapping[str, Any]) -> ReparamConv2d:
     if not isinstance(block, ReparamConv2d):
         raise ValueError('the type of block leaves such kernels plain')
     block = block.to(conv.weight.device, conv.weight.dtype)
-    block.set_kernel(conv.weight, conv.bias)
+    block.start_from(conv.weight, conv.bias)
+    unit = torch.finfo(conv.weight.dtype).eps
+    if unit > _HALF_PRECISION and not conv.weight.is_meta:
+        with torch.no_grad():
+            missed = (block.weight - conv.weight).double().abs().flatten(1).amax(1)
+            missed /= conv.weight.double().abs().flatten(1).amax(1).clamp(min=unit ** 2)
+        if not missed.max() <= unit:
+            raise ValueError(f'in half precision the block would miss a channel by '
+                             f'{missed.max():.1e} of its largest value')
     if conv.weight.is_contiguous(memory_format=torch.channels_last) and not (
             conv.weight.is_contiguous()):
         # not in PyTorch's stubs

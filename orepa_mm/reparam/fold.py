@@ -137,12 +137,12 @@ def is_stock(layer: nn.Module, *stock: type[nn.Module]) -> bool:
 
 
 def hidden_methods(layer: nn.Module) -> list[str]:
-    """Names of methods that an instance hides by attributes of its own.
+    """Names of methods of the forward pass that an instance hides by attributes of its own.
 
     Args:
         layer: Any module.
     """
-    return [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
+    return [name for name in ('forward', '_conv_forward', '_call_impl') if name in vars(layer)]
 
 
 def _fused(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
