@@ -109,6 +109,7 @@ def _init_in_plain_form(model: Any, blocks: Sequence[ReparamConv2d]) -> None:
     hold them already.
     """
     del model.init_weights  # from here on it is that of the class
+    blocks = [block for block in blocks if isinstance(block, ReparamConv2d)]  # not re-parameterized
     convs = [block.to_conv2d() for block in blocks]
     replaced(model, dict(zip(blocks, convs)))
     _note_parameters(model, convs)

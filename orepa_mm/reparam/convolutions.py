@@ -103,7 +103,8 @@ def _convolution(layer: ReparamConv2d, name: str) -> nn.Conv2d:
         conv.weight.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()
                                        if parameter is not layer.bias))
         conv.bias.requires_grad_(layer.bias.requires_grad)  # type: ignore[union-attr]
-    carry_over(layer, conv, _names(type(layer), layer.kernel_size))
+    carry_over(layer, conv, _names(
+        type(layer), layer.kernel_size))  # type: ignore[arg-type]
     return conv.train(layer.training)
 
 

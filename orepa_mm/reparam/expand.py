@@ -35,10 +35,11 @@ def expand(model: nn.Module, conv_cfg: Mapping[str, Any] | None = None,
     The counterpart of `reparameterize`: the model computes what it computed,
     and has branches to be trained on. Each kernel is put into a block through
     its origin branch, in float64; the other branches contribute nothing at first,
-    and have a gradient (`ReparamConv2d.start_from`; option `start`). Dtype, device, memory format, training flag, `requires_grad`
-    of weight and bias, hooks and attributes are kept; a shared convolution stays
-    shared, convolutions whose weights are tied become blocks whose branches are,
-    and plain lists that hold a convolution hold its block.
+    and have a gradient (`ReparamConv2d.start_from`; option `start`). Dtype, device,
+    memory format, training flag, `requires_grad` of weight and bias, hooks and
+    attributes are kept; a shared convolution stays shared, convolutions whose
+    weights are tied become blocks whose branches are, and plain lists that hold a
+    convolution hold its block.
 
     Left as they are: convolutions whose name does not match, those without a
     block (even or oblong kernels), those that a block would miss by more than

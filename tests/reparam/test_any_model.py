@@ -1,4 +1,4 @@
-"""Models of everybody: expanded, trained, re-parameterized and verified, in a plain PyTorch loop."""
+"""Models of everybody: expanded, trained, re-parameterized and verified by plain PyTorch."""
 
 import copy
 import io
