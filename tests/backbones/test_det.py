@@ -33,7 +33,7 @@ def test_blocks_by_kernel_size():
     assert isinstance(bottleneck.layer1[0].conv1, OREPAConv1x1)
     assert isinstance(bottleneck.layer1[0].conv2, OREPAConv2d)
     assert isinstance(bottleneck.layer2[0].downsample[0], OREPAConv1x1)
-    convolutions = [m for m in bottleneck.modules() if isinstance(m, nn.Conv2d)]
+    convolutions = [m for m in bottleneck.modules() if type(m) is nn.Conv2d]
     assert not convolutions
 
 
