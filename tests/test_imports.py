@@ -8,8 +8,8 @@ from helpers import ROOT, run
 import orepa_mm
 
 #: A room imports only from rooms before it.
-FLOORS = ('version', 'files', 'errors', 'logs', 'layers', 'checkpoints', 'openmmlab', 'backbones',
-          'datasets', 'reparam', 'export', 'engine', 'analysis', 'workflow')
+FLOORS = ('version', 'files', 'errors', 'logs', 'layers', 'reparam', 'checkpoints', 'openmmlab',
+          'backbones', 'datasets', 'export', 'engine', 'analysis', 'workflow')
 #: They look at everything: the doctor, and the package's own door.
 EXEMPT = ('doctor', 'orepa_mm')
 PACKAGE = ROOT / 'orepa_mm'

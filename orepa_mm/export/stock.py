@@ -20,7 +20,8 @@ from ..backbones.registration import resolved, scope_of
 from ..datasets.config_walk import find_datasets
 from ..errors import ConfigError
 from ..files import written_whole
-from ..reparam import build_expanded, is_training_form, stock_cfg_of_expanded
+from ..openmmlab.expanded import build_expanded, stock_cfg_of_expanded
+from ..reparam import is_training_form
 
 #: Plain: the stock model. Folded: BN folded into the convolutions as well.
 DEPLOYED_FORMS = ('plain', 'folded')
