@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 #: What comes in place of a module.
 _Other = Callable[[nn.Module], nn.Module]
@@ -32,18 +33,23 @@ def own_copy(model: nn.Module, others: Mapping[nn.Module, nn.Module] | None = No
         The copy, or what comes in place of the model itself.
 
     Raises:
-        TypeError: If a part of the model cannot be copied.
+        TypeError: If a part of the model cannot be copied; it names the attribute.
     """
     memo: dict[int, Any] = {id(module): other for module, other in (others or {}).items()}
     for module in model.modules():
-        for value in vars(module).values():
+        for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    computed = dict(memo)
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever an attribute raises
-        raise TypeError(f'{type(model).__name__} cannot be copied ({error}): take out what it '
-                        'holds besides its layers, or convert it with inplace=True') from error
+        what = next((f'{name}.{key}'.lstrip('.') for name, module in model.named_modules()
+                     for key, value in vars(module).items()
+                     if key != '_modules' and not _can_be_copied(value, computed)), 'objects')
+        raise TypeError(f'{type(model).__name__} cannot be copied, for its {what} ({error}): take '
+                        'out what it holds besides its layers, or convert it with inplace=True'
+                        ) from error
 
     def of_the_copy(module: nn.Module) -> nn.Module:
         if id(module) not in memo and any(id(part) in memo for part in module.modules()):
@@ -52,6 +58,14 @@ def own_copy(model: nn.Module, others: Mapping[nn.Module, nn.Module] | None = No
 
     _walk(copied, of_the_copy)
     return copied
+
+
+def _can_be_copied(value: Any, memo: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
 
 
 def replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:

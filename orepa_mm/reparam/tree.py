@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import reprlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves
 
-from .fold import computes_as_conv2d
+from .fold import is_stock
 from .raw_outputs import scale_relative_error
 
 #: What no forward pass in eval mode reads: of training, of how a module was built, what a runner or
@@ -35,37 +33,6 @@ _PARTS: dict[type, tuple[str, ...]] = {
 #: Largest error of a tensor that an object holds, which a forward pass may have computed.
 _TOLERANCE = 1e-4
 _PACKAGE = __name__.partition('.')[0]
-
-
-def independent_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode, without the graphs that led to tensors a module holds.
-
-    Args:
-        model: Left as it is.
-
-    Raises:
-        TypeError: If something in the model cannot be copied; it names the attribute.
-    """
-    memo = {id(value): value.detach().clone() for module in model.modules()
-            for value in tree_leaves(vars(module))
-            if isinstance(value, Tensor) and not value.is_leaf}
-    try:
-        copied = copy.deepcopy(model, dict(memo))
-    except Exception as error:
-        raise TypeError(f'{type(model).__name__} cannot be copied to be run on its own, for its '
-                        f'{next(_uncopied(model, memo), "objects")}: {error}. Take that out of '
-                        'the model before') from error
-    copied.eval()  # a statement of its own: not every train() returns itself
-    return copied
-
-
-def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> Iterator[str]:
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            try:
-                copy.deepcopy(None if key == '_modules' else value, dict(memo))
-            except Exception:
-                yield f'{name}.{key}'.lstrip('.')
 
 
 def differences(expected: nn.Module, found: nn.Module, before: nn.Module) -> dict[str, str]:
@@ -131,10 +98,9 @@ def _kind(module: nn.Module) -> type:
     """The class that says what a module computes in eval mode."""
     if isinstance(module, (nn.Identity, _DropoutNd)) or type(module).__name__ == 'DropPath':
         return nn.Identity
-    if isinstance(module, _BatchNorm) and type(module).forward in (
-            _BatchNorm.forward, nn.SyncBatchNorm.forward):
+    if is_stock(module, _BatchNorm, nn.SyncBatchNorm):
         return _BatchNorm
-    return nn.Conv2d if computes_as_conv2d(module) else _stock(type(module))
+    return nn.Conv2d if is_stock(module, nn.Conv2d) else _stock(type(module))
 
 
 def _stock(kind: type) -> type:

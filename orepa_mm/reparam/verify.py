@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NothingToConvertError
-from ..layers import ReparamConv2d, reparam_layers
+from ..layers import ReparamConv2d, cached, reparam_layers
 from ..layers.precision import exact_float32
+from .copies import own_copy
 from .fold import fold_batch_norm
 from .raw_outputs import run, scale_relative_error
 from .reparameterize import converted, unwrapped
-from .tree import differences, independent_copy
+from .tree import differences
 from .verification_report import OutputError, VerificationReport
 
 #: Largest scale-relative error of a raw output in float32 that counts as equal: the two forms
@@ -69,7 +70,9 @@ def verify(before: nn.Module, after: nn.Module, inputs: Batch | Sequence[Batch]
         >>> verify(model, reparameterize(model), torch.rand(2, 3, 16, 16)).passed
         True
     """
-    before, after = (independent_copy(unwrapped(model)) for model in (before, after))
+    before, after = (own_copy(unwrapped(model)) for model in (before, after))
+    for model in (before, after):
+        model.eval()  # a statement of its own: not every train() returns itself
     unit = max(map(_unit, after.parameters()), default=0.0)
     errors: dict[str, float] = {}
     dead, skipped, layers = set(), set(), layers_with_branches(before)
@@ -81,19 +84,21 @@ def verify(before: nn.Module, after: nn.Module, inputs: Batch | Sequence[Batch]
             nn.Module.float(model)  # mmdet's models with a teacher take no dtype in `to`
         for name, layer in layers.items():
             layer.register_forward_hook(lambda *args, name=name: not_run.discard(name))
-        for batch in [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs:
-            batch = (batch,) if isinstance(batch, Tensor) else batch
-            first = run(before, batch)
-            second = run(after, batch, first)
-            skipped |= {f'the {form} form does not run: {of.failure}'
-                        for form, of in (('training', first), ('deployed', second)) if of.failure}
-            for name in first.outputs.keys() | second.outputs.keys():
-                one, other = first.outputs.get(name), second.outputs.get(name)
-                error = scale_relative_error(one, other)
-                if one is not None and error == 0 and not one.masked_fill(one.isinf(), 0).any():
-                    dead.add(name)
-                else:
-                    errors[name] = max(error, errors.get(name, 0.0))
+        with cached():
+            for batch in [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs:
+                batch = (batch,) if isinstance(batch, Tensor) else batch
+                first = run(before, batch)
+                second = run(after, batch, first)
+                forms = {'training': first, 'deployed': second}
+                skipped |= {f'the {form} form does not run: {of.failure}'
+                            for form, of in forms.items() if of.failure}
+                for name in first.outputs.keys() | second.outputs.keys():
+                    one, other = first.outputs.get(name), second.outputs.get(name)
+                    error = scale_relative_error(one, other)
+                    if one is not None and error == 0 and not one.masked_fill(one.isinf(), 0).any():
+                        dead.add(name)
+                    else:
+                        errors[name] = max(error, errors.get(name, 0.0))
         others = differences(expected, after, before)
     tolerance = max(TOLERANCE, UNITS * unit)
     return VerificationReport(
@@ -118,7 +123,7 @@ def _re_parameterized(before: nn.Module, after: nn.Module) -> nn.Module:
     try:
         return converted(before, fold_bn=folded)[0]
     except NothingToConvertError:  # both forms are plain, or differ by folding only
-        expected = independent_copy(before)
+        expected = own_copy(before)
         if folded:
             fold_batch_norm(expected)
         return expected
