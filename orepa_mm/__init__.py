@@ -38,7 +38,7 @@ def __dir__() -> list[str]:
 def _register() -> None:
     failures = []
     for module in ('orepa_mm.openmmlab', 'orepa_mm.checkpoints', 'orepa_mm.backbones',
-                   'orepa_mm.engine', 'orepa_mm.reparam'):
+                   'orepa_mm.engine', 'orepa_mm.openmmlab.expanded'):
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises

@@ -8,8 +8,8 @@ from helpers import ROOT, run
 import orepa_mm
 
 #: A room imports only from rooms before it.
-FLOORS = ('version', 'files', 'errors', 'logs', 'layers', 'checkpoints', 'backbones', 'openmmlab',
-          'datasets', 'reparam', 'export', 'engine', 'analysis', 'workflow')
+FLOORS = ('version', 'files', 'errors', 'logs', 'layers', 'reparam', 'checkpoints', 'backbones',
+          'openmmlab', 'datasets', 'export', 'engine', 'analysis', 'workflow')
 #: They look at everything: the doctor, and the package's own door.
 EXEMPT = ('doctor', 'orepa_mm')
 PACKAGE = ROOT / 'orepa_mm'

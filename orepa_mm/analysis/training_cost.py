@@ -271,8 +271,8 @@ def measure_latency(settings: Settings, progress: Progress | None = None) -> Mea
         return Measurement(
             f'latency{settings.name}',
             f'Forward pass of a ResNet-50 backbone in eval mode{settings.kind}',
-            'Plain is the stock network. Ours keeps its kernels from call to call; the authors '
-            'generate them at every call. Peak: what PyTorch allocates in a call.',
+            'Plain is the stock network. The training form generates its kernels at every call. '
+            'Peak: what PyTorch allocates in a call.',
             _measure(subjects, settings, progress), settings.conditions())
 
 

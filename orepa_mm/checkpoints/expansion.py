@@ -44,7 +44,8 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any],
         source: What to call it in the log.
 
     Returns:
-        The given state dict, if nothing is expanded. Otherwise one with
+        The given state dict, if nothing is expanded; that of one detector for both in a
+        model that has it as a teacher and as a student. Otherwise one with
         `{layer}.{branch}` in place of `{layer}.weight`, one line in the log, and
         the versions of the modules kept.
 
@@ -58,6 +59,7 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any],
     layers = list(named_layers(model))
     if not layers:
         return state_dict
+    state_dict = _for_teacher_and_student(model, state_dict)
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     folded = folded_layers(model, tensors)
     branches = {f'{prefix}weight': _branches(layer, prefix, tensors) for prefix, layer in layers
@@ -77,6 +79,19 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any],
         'Train on, then re-parameterize: the cost to run is that of the plain model',
         'current', logging.INFO)
     return with_module_notes(expanded, module_notes(state_dict))
+
+
+def _for_teacher_and_student(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights of one detector, as MMDetection's semi-supervised ones name them to load both."""
+    parts = ('teacher', 'student')
+    if not (hasattr(model, 'semi_test_cfg') and all(hasattr(model, part) for part in parts)) or any(
+            part in key for part in parts for key in state_dict):
+        return state_dict
+    notes = module_notes(state_dict)
+    return with_module_notes(
+        {f'{part}.{key}': value for part in parts for key, value in state_dict.items()},
+        {**{f'{part}.{name}'.rstrip('.'): value for part in parts for name, value in notes.items()},
+         '': notes.get('', {})})
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:

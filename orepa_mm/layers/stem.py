@@ -32,6 +32,11 @@ class Generator(OREPABranches):
         self._factory_kwargs = {'device': device, 'dtype': dtype}
         self._create_branches(*options)
 
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """`(o, i, 3, 3)`."""
+        return self.out_channels, self.in_channels, 3, 3
+
     def extra_repr(self) -> str:
         """Its channels."""
         return f'{self.in_channels}, {self.out_channels}'

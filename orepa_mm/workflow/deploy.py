@@ -42,7 +42,7 @@ from ..export.onnx import (
     export_onnx,
     require_onnx,
 )
-from ..export.stock import deploy_config, require_safetensors, save_deployed
+from ..export.stock import deploy_config, require_safetensors, save_deployed, used_detector
 from ..files import folder_written_whole
 from ..layers.precision import exact_float32
 from ..reparam import is_training_form, reparameterize
@@ -126,7 +126,7 @@ def reparameterize_checkpoint(
     cfg = without_reparam_test(cfg)  # it would test the deployed form in place of the training form
     deployed_cfg = deploy_config(cfg, form)
     runner = build_test_runner(with_tta(cfg) if tta else cfg, checkpoint)
-    before = bare_model(runner)
+    before = used_detector(bare_model(runner))
     before.eval()
     if not is_training_form(before):
         _require_training_form(before, checkpoint)

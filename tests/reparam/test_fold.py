@@ -88,6 +88,8 @@ NOT_FOLDED = {
 @pytest.mark.parametrize('name', NOT_FOLDED)
 def test_what_does_not_follow_a_convolution_stays(name):
     model = NOT_FOLDED[name]().eval()
+    if name != 'no running statistics':
+        randomize(model)  # a fresh BN would commute with much
     after, count = folded(model)
     assert count == 0
     assert [type(m) for m in after.modules()] == [type(m) for m in model.modules()]
