@@ -49,13 +49,13 @@ def test_a_block_is_one_convolution_with_one_norm():
         conv, = reparam_layers(block)
         assert type(conv) is OREPARepVGGOnlineConv2d
         assert conv.bias is None
-        assert conv.has_identity == (twin.branch_norm is not None)
+        assert ('identity' in conv.branch_names) == (twin.branch_norm is not None)
         other = twin.branch_3x3.conv
         for name in ('kernel_size', 'stride', 'padding', 'dilation', 'groups', 'in_channels'):
             assert getattr(conv, name) == getattr(other, name)
         plain = [m for m in block.modules() if type(m) is nn.Conv2d]
         assert len(plain) == 2  # of squeeze-and-excitation
-    assert sum(conv.has_identity for conv in reparam_layers(backbone)) == 2
+    assert sum('identity' in conv.branch_names for conv in reparam_layers(backbone)) == 2
 
 
 @torch.no_grad()
