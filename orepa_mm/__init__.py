@@ -1,14 +1,16 @@
 """OREPA (Online Convolutional Re-parameterization, CVPR 2022) for OpenMMLab.
 
-Importing the package registers its conv layer types, backbones, optimizer
-constructor and hooks; it lets the runner's own checkpoints pass PyTorch's safe
-loading, and MMEngine refuse a checkpoint of the other form. No toolbox is
-loaded: the backbones join a toolbox's registry when that is first used. A
-missing or broken dependency is named in a warning, so that
-`python -m orepa_mm.doctor`, which says what to do, always starts.
+Where MMEngine is installed, importing the package registers its conv layer
+types, backbones, optimizer constructor and hooks; it lets the runner's own
+checkpoints pass PyTorch's safe loading, and MMEngine refuse a checkpoint of the
+other form. No toolbox is loaded: the backbones join a toolbox's registry when that is
+first used. A broken installation is named in a warning, so that
+`python -m orepa_mm.doctor`, which says what to do, always starts. Without
+MMEngine nothing is registered; `orepa_mm.layers` needs PyTorch alone.
 """
 
 import importlib
+import importlib.util
 import warnings
 from typing import Any
 
@@ -35,8 +37,8 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     failures = []
-    for module in ('orepa_mm.openmmlab', 'orepa_mm.checkpoints', 'orepa_mm.layers',
-                   'orepa_mm.backbones', 'orepa_mm.engine', 'orepa_mm.reparam'):
+    for module in ('orepa_mm.openmmlab', 'orepa_mm.checkpoints', 'orepa_mm.backbones',
+                   'orepa_mm.engine', 'orepa_mm.openmmlab.expanded'):
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises
@@ -47,4 +49,5 @@ def _register() -> None:
                       stacklevel=3)
 
 
-_register()
+if importlib.util.find_spec('mmengine') is not None:
+    _register()

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import hashlib
 import os
-import platform
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ _PATIENCE = 5.0
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Write a file under a temporary name; it gets its own only if nothing fails.
 
-    What killed processes of this machine left of the same file is removed.
+    A file that is there already passes on its permissions, and a link stays one.
+    What killed processes left of the same file is removed.
 
     Args:
         path: The file to be. Its folder is created.
@@ -38,22 +40,16 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written; it names the file to be, not the temporary one.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     require_writable_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path.parent, path.stem)
-    handle, temporary = tempfile.mkstemp(prefix=_prefix(path.parent / path.stem, 'new'),
-                                         suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        with _naming(Path(temporary), path):
-            yield Path(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
-            os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    with _made(path.parent, path.stem, path.suffix, mode) as temporary, _naming(temporary, path):
+        yield temporary
+        if mode is not None:
+            temporary.chmod(mode)
+        os.replace(temporary, path)
 
 
 def require_writable_file(path: str | Path) -> None:
@@ -116,7 +112,10 @@ def _naming(temporary: Path, path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: str | Path, stem: str | None = None) -> int:
-    """Remove the temporary files that killed processes of this machine left in a folder.
+    """Remove the temporary files that killed processes left in a folder.
+
+    Who writes one holds a lock on it, which ends with the process. Where a disk
+    knows no locks, nothing is removed.
 
     Args:
         folder: Where `written_whole` wrote.
@@ -126,8 +125,8 @@ def remove_unfinished(folder: str | Path, stem: str | None = None) -> int:
         How many were removed; those of other users may have to stay.
     """
     removed = 0
-    for path, _ in _left_by_killed(Path(folder), stem):
-        if path.is_file():
+    for path, _, descriptor in _left_by_killed(Path(folder), stem):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
             with contextlib.suppress(OSError):
                 path.unlink()
                 removed += 1
@@ -143,8 +142,8 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
 
     - There is no such folder: the new one is renamed.
     - It holds an earlier result and nothing else: it is renamed aside, and the
-      new one takes its name. Killed between the two renames, it lies beside its
-      name (`.NAME.old-HOST-PID`) and the next call puts it back.
+      new one takes its name, and its permissions. Killed between the two renames,
+      it lies beside its name (`.NAME.aside-...`) and the next call puts it back.
     - It holds other files, and no earlier result: the new files are renamed into
       it one by one, in the order of their names. So they are if other files, and
       no result, came meanwhile.
@@ -152,7 +151,7 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
       folder): that is refused at once, or before anything is renamed if it came
       to that meanwhile.
 
-    What killed processes of this machine left beside the folder is removed.
+    What killed processes left beside the folder is removed, see `remove_unfinished`.
 
     Args:
         folder: The folder to be.
@@ -172,39 +171,40 @@ def folder_written_whole(folder: str | Path, owned: Callable[[str], bool]) -> It
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(folder)
     inside = folder.is_dir() and not _is_replaceable(folder, owned)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(folder, 'new'),
-                                      dir=folder if inside else folder.parent))
-    try:
+    with _made(folder if inside else folder.parent, folder.name, folder=True) as temporary:
         with _naming(temporary, folder):
             yield temporary
         for path in list(temporary.iterdir()):
             if not owned(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (temporary, *temporary.iterdir()):
+            before = folder / path.name if path != temporary else folder
+            if before.exists() and not inside:
+                path.chmod(stat.S_IMODE(before.stat().st_mode))
         with _locked(folder):  # what lies there may have changed
             inside = folder.is_dir() and not _is_replaceable(folder, owned)
             for path in sorted(temporary.iterdir()) if inside else ():
                 path.replace(folder / path.name)
-        if not inside:
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
-            old = Path(tempfile.mkdtemp(prefix=_prefix(folder, 'old'), dir=folder.parent))
-            try:
-                if folder.exists():
-                    folder.replace(old)  # onto an empty folder
-                try:
-                    temporary.replace(folder)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                    raise FileExistsError(f'{folder}: another process wrote its result there '
-                                          'meanwhile, and that one stands') from error
-            finally:
-                if not folder.exists() and any(old.iterdir()):
-                    old.replace(folder)
-                shutil.rmtree(old, ignore_errors=True)
+            if not inside:
+                _exchange(folder, temporary)
+
+
+def _exchange(folder: Path, new: Path) -> None:
+    """Put a new folder in place of one that may be there, whose lock is held."""
+    aside = folder.with_name(_name(folder.name, 'aside'))
+    if folder.exists():
+        folder.replace(aside)
+    try:
+        new.replace(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(f'{folder}: another process wrote its result there meanwhile, and '
+                              'that one stands') from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists() and not folder.exists():
+            aside.replace(folder)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_replaceable(folder: Path, owned: Callable[[str], bool]) -> bool:
@@ -228,65 +228,94 @@ def _is_replaceable(folder: Path, owned: Callable[[str], bool]) -> bool:
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes waiting, if there is such a folder and its disk knows locks."""
     with contextlib.ExitStack() as stack:
-        if fcntl is not None and folder.is_dir():
+        if folder.is_dir():
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)  # which unlocks it, as a kill does
             latest = time.monotonic() + _PATIENCE
-            with contextlib.suppress(OSError):
-                while not _is_lockable(descriptor) and time.monotonic() < latest:
-                    time.sleep(0.02)
+            while _lock(descriptor) is False and time.monotonic() < latest:
+                time.sleep(0.02)
         yield
 
 
-def _is_lockable(descriptor: int) -> bool:
-    """Lock an open file or folder, unless another process has."""
+def _name(name: str, kind: str, suffix: str = '') -> str:
+    return f'.{name}.{kind}-{secrets.token_hex(4)}{suffix}'
+
+
+def _temporary(name: str | None = None) -> re.Pattern[str]:
+    """What `_name` gives, for any name and kind."""
+    named = '.+' if name is None else re.escape(name)
+    return re.compile(rf'\.{named}\.(new|aside)-[0-9a-f]{{8}}(\.|$)')
+
+
+@contextlib.contextmanager
+def _made(parent: Path, name: str, suffix: str = '', mode: int | None = None,
+          folder: bool = False) -> Iterator[Path]:
+    """A new file or folder under a temporary name, locked; removed at the end if it is there."""
+    while True:
+        path = parent / _name(name, 'new', suffix)
+        with contextlib.suppress(FileExistsError):
+            if folder:
+                path.mkdir()
+            else:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600))
+            try:
+                descriptor = _opened(path)
+            except FileNotFoundError:
+                continue
+            # who clears away may have been faster, and has the lock or had it
+            if _lock(descriptor) is not False and path.exists():
+                break
+            os.close(descriptor)
+    try:
+        yield path
+    finally:
+        if folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    # to lock what it is open for reading alone, NFS refuses; a folder can be open in no other way
+    return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder: False if another process has, None if that cannot be told."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except (OSError, AttributeError):  # of a disk without locks, and on Windows
+        return None
     return True
 
 
-def _prefix(folder: Path, kind: str) -> str:
-    return f'.{folder.name}.{kind}-{platform.node()}-{os.getpid()}-'
-
-
-def _temporary(name: str | None = None, host: str | None = None) -> re.Pattern[str]:
-    """What `_prefix` gives, for any name, any kind, any machine and any process."""
-    named, there = ('.+' if text is None else re.escape(text) for text in (name, host))
-    return re.compile(rf'\.{named}\.(new|old)-{there}-(\d+)-')
-
-
-def _left_by_killed(folder: Path, name: str | None) -> list[tuple[Path, str]]:
-    """Temporary files and folders of dead processes of this machine, each with its kind."""
-    pattern = _temporary(name, platform.node())
+def _left_by_killed(folder: Path, name: str | None) -> Iterator[tuple[Path, str, int]]:
+    """Temporary files and folders that nobody holds, each with its kind, open and locked."""
     names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
-    matches = map(pattern.match, sorted(names))
-    return [(folder / match.string, match[1]) for match in matches
-            if match and not _is_alive(int(match[2]))]
+    for match in filter(None, map(_temporary(name).match, sorted(names))):
+        path = folder / match.string
+        try:
+            descriptor = _opened(path)
+        except OSError:
+            continue
+        try:
+            if _lock(descriptor):
+                yield path, match[1], descriptor
+        finally:
+            os.close(descriptor)
 
 
 def _clean_up(folder: Path) -> None:
     """Put back a folder that a killed process renamed; remove what such processes left."""
     for parent in (folder.parent, folder):
-        for path, kind in _left_by_killed(parent, folder.name):
-            if kind == 'old' and any(path.iterdir()) and not folder.exists():
+        for path, kind, _ in _left_by_killed(parent, folder.name):
+            if kind == 'aside' and not folder.exists():
                 path.replace(folder)
             else:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    """Whether a process of this machine runs; where that cannot be told, it does."""
-    if os.name != 'posix':
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def sha256(path: str | Path) -> str:

@@ -66,9 +66,6 @@ def test_it_appears_and_is_replaced(tmp_path):
         write(out, text)
         assert content(out) == dict.fromkeys(NAMES, text)
     assert [path.name for path in out.parent.iterdir()] == ['out']
-    umask = os.umask(0)
-    os.umask(umask)
-    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 @pytest.mark.parametrize('calls', range(4))
@@ -149,18 +146,108 @@ def test_the_next_writer_of_a_file_removes_what_killed_ones_left(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize('node', ['ip-10-0-0-5', 'a', 'x.new-b-1-c'])
-def test_machines_of_any_name_are_told_apart(tmp_path, monkeypatch, node):
-    dead = 2**22 + 1  # beyond what Linux counts to
-    monkeypatch.setattr('platform.node', lambda: node)
-    for host in (node, 'another'):
-        for process in (dead, os.getpid()):
-            (tmp_path / f'.x.new-{host}-{process}-abc.tar-12-x').touch()
-    with written_whole(tmp_path / 'x.pth'):
-        pass
-    left = {path.name for path in tmp_path.iterdir()} - {'x.pth'}
-    assert left == {f'.x.new-{host}-{process}-abc.tar-12-x' for host, process in (
-        ('another', dead), ('another', os.getpid()), (node, os.getpid()))}
+#: As of a container whose processes nobody else sees: it may have any host name and any number.
+HOLDER = f'''
+import os, sys
+sys.path.append({str(ROOT / 'orepa_mm')!r})
+import files
+with files.written_whole(sys.argv[1]) as file, files.folder_written_whole(
+        sys.argv[2], lambda name: True) as folder:
+    file.write_text('theirs')
+    (folder / 'model.pth').write_text('theirs')
+    print(file, folder, sep='\\n', flush=True)
+    sys.stdin.read()
+'''
+
+
+def test_what_a_process_still_writes_stays_whoever_can_see_it(tmp_path, monkeypatch):
+    """Neither host name nor process number tells: another container may have the same ones."""
+    path, out = tmp_path / 'x.pth', tmp_path / 'out'
+    holder = subprocess.Popen([sys.executable, '-c', HOLDER, path, out], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    held = [Path(holder.stdout.readline().strip()) for _ in range(2)]
+    for number in (os.getpid(), holder.pid):
+        monkeypatch.setattr(os, 'getpid', lambda number=number: number)
+        monkeypatch.setattr(os, 'kill', lambda *_: (_ for _ in ()).throw(ProcessLookupError()))
+        with written_whole(path) as temporary:
+            temporary.write_text('ours')
+        write(out, 'ours')
+        assert remove_unfinished(tmp_path) == 0
+        assert all(item.exists() for item in held)
+    monkeypatch.undo()
+    holder.kill()
+    holder.wait()
+    assert remove_unfinished(tmp_path) == 1
+    write(out, 'ours')
+    assert sorted(item.name for item in tmp_path.iterdir()) == ['out', 'x.pth']
+
+
+def test_nothing_is_removed_where_nobody_can_tell(tmp_path, monkeypatch):
+    """On a disk without locks, and what version 0.2.0 left, which knew none."""
+    fcntl = pytest.importorskip('fcntl')
+    old = tmp_path / f'.x.new-host-{2**22 + 1}-abc.pth'
+    old.touch()
+    subprocess.run([sys.executable, '-c', FILE_WRITER, tmp_path / 'x.pth'], check=False)
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, 'no locks')
+
+    monkeypatch.setattr(fcntl, 'flock', refused)
+    assert remove_unfinished(tmp_path) == 0
+    with written_whole(tmp_path / 'x.pth') as temporary:
+        temporary.write_text('new')
+    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.undo()
+    assert remove_unfinished(tmp_path) == 1
+    assert old.exists()
+
+
+@pytest.mark.parametrize('mode', [0o600, 0o640, 0o444, 0o755])
+def test_permissions_are_passed_on(tmp_path, mode):
+    path, out = tmp_path / 'x.pth', tmp_path / 'out'
+    write(out, 'old')
+    path.write_text('old')
+    inside = out / 'model.pth'
+    for item in (path, out, inside):
+        item.chmod(mode | (0o700 if item == out else 0))
+    before = [item.stat().st_mode for item in (path, out, inside)]
+    with written_whole(path) as temporary:
+        assert temporary.stat().st_mode & 0o077 == 0  # nobody else may read what is not done
+        temporary.write_text('new')
+    write(out, 'new')
+    assert [item.stat().st_mode for item in (path, out, inside)] == before
+    assert path.read_text() == inside.read_text() == 'new'
+
+
+@pytest.mark.parametrize('exists', [True, False])
+def test_a_link_stays_a_link(tmp_path, exists):
+    (tmp_path / 'store').mkdir()
+    target, link = tmp_path / 'store' / 'x.pth', tmp_path / 'link.pth'
+    if exists:
+        target.write_text('old')
+    link.symlink_to(target)
+    with written_whole(link) as temporary:
+        temporary.write_text('new')
+    assert link.is_symlink()
+    assert target.read_text() == 'new'
+    assert [path.name for path in target.parent.iterdir()] == ['x.pth']
+    folder = tmp_path / 'out'
+    folder.symlink_to(target.parent / 'out')
+    write(folder, 'new')
+    assert folder.is_symlink()
+    assert content(target.parent / 'out') == dict.fromkeys(NAMES, 'new')
+
+
+def test_new_files_have_the_permissions_that_the_user_asks_for(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with written_whole(tmp_path / 'x.pth'):
+            pass
+        write(tmp_path / 'out', 'new')
+    finally:
+        os.umask(before)
+    assert (tmp_path / 'x.pth').stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o750
 
 
 def write_while(folder, meanwhile):

@@ -1,7 +1,6 @@
 """What importing the package loads, and which room knows which."""
 
 import ast
-import collections
 
 import pytest
 from helpers import ROOT, run
@@ -9,8 +8,8 @@ from helpers import ROOT, run
 import orepa_mm
 
 #: A room imports only from rooms before it.
-FLOORS = ('version', 'files', 'errors', 'openmmlab', 'layers', 'checkpoints', 'backbones',
-          'datasets', 'reparam', 'export', 'engine', 'analysis', 'workflow')
+FLOORS = ('version', 'files', 'errors', 'logs', 'layers', 'reparam', 'checkpoints', 'backbones',
+          'openmmlab', 'datasets', 'export', 'engine', 'analysis', 'workflow')
 #: They look at everything: the doctor, and the package's own door.
 EXEMPT = ('doctor', 'orepa_mm')
 PACKAGE = ROOT / 'orepa_mm'
@@ -78,15 +77,38 @@ def test_no_kind_of_import_is_overlooked(line, found):
     assert imported_rooms(PACKAGE / 'layers' / 'base.py', line) == found
 
 
-def test_files_and_rooms_stay_small():
-    lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert not [str(path) for path, count in lines.items() if count > 400]
-    rooms = collections.Counter()
-    for path, count in lines.items():
-        rooms[room(modules_of(path)[0])] += count
-    total = sum(rooms.values())
-    assert not {name: f'{count} of {total} lines' for name, count in rooms.items()
-                if count > total / 4}
+#: Begins a script in which PyTorch is there, and nothing of OpenMMLab, NumPy or SciPy.
+TORCH_ALONE = """
+import sys
+for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'numpy', 'scipy', 'matplotlib',
+             'cv2'):
+    sys.modules[name] = None
+"""
+
+
+def test_layers_need_pytorch_alone():
+    """Imported, trained, given a kernel, written into, copied, converted."""
+    output = run('-W', 'error::UserWarning:orepa_mm', '-c', TORCH_ALONE + """
+import copy, logging
+import torch
+import orepa_mm
+from orepa_mm import layers
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+model = torch.nn.Sequential(layers.build_orepa_conv(3, 8, 7), layers.build_orepa_conv(8, 8, 3),
+                            layers.build_dbb_conv(8, 8, 3, padding=1),
+                            layers.build_orepa_conv(8, 4, 1))
+with layers.cached():
+    model(torch.rand(2, 3, 16, 16)).sum().backward()
+model[1].start_from(torch.rand(8, 8, 3, 3))
+torch.nn.init.zeros_(model[0].weight)
+torch.nn.init.constant_(model[1].weight, float('inf'))
+plain = layers.replace_with_conv2d(copy.deepcopy(model))
+print('plain:', {type(layer).__name__ for layer in plain})
+print('loaded:', [name for name in ('mmengine', 'mmcv', 'numpy') if sys.modules[name]])
+""", fresh=True)
+    assert "plain: {'Conv2d'}" in output
+    assert 'loaded: []' in output
+    assert 'WARNING:orepa_mm:values that are not finite' in output
 
 
 def test_importing_loads_no_toolbox():

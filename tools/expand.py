@@ -32,11 +32,12 @@ def main() -> None:
     cfg = load_config(args)
     done = expand_checkpoint(cfg, args.checkpoint, args.out, num_images=args.num_images,
                              images=not args.no_images)
-    differences = ', '.join(f'{value:.1e} ({name})'
+    differences = ', '.join(f'{value:.1e} (raw outputs in {name})' if name == 'float32' else
+                            f'{value:.1e} ({name})'
                             for name, value in done.meta['largest_difference'].items())
     print(f'wrote {args.out}: {done.expanded} convolutions expanded, {done.copied} tensors copied\n'
-          f'verified on {done.meta["verified_on"]}: largest scale-relative difference of the raw '
-          f'outputs {differences}')
+          f'verified on {done.meta["verified_on"]}: largest scale-relative differences '
+          f'{differences}')
     if not done.verification.complete:
         print(f'note: {done.verification.explain()}')
     # the weights to start from are in the checkpoint now

@@ -30,8 +30,7 @@ class Benchmark:
     """What `benchmark_config` measured.
 
     Attributes:
-        costs: By form: `training`, with kernels kept; `squeezing`, the same with
-            kernels squeezed at every call; `deployed`; `folded`, BN as well;
+        costs: By form: `training`; `deployed`; `folded`, BN as well;
             `stock`, built from the deployed config.
         training_steps_ms: Durations of forward and backward of the backbone in
             `training` and `stock` form; empty without a backbone.
@@ -94,8 +93,6 @@ def benchmark_config(cfg: Config, checkpoint: str | Path | None = None,
     for model in models.values():
         model.to(device)
     forms = {name: Form(model) for name, model in models.items()}
-    forms = {'training': forms['training'],
-             'squeezing': Form(models['training'], keep_kernels=False), **forms}
     try:
         costs = measure_forms(forms, network(models['training'], inputs), inputs, rounds, warmup,
                               progress)

@@ -20,8 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import forget_kernels
-
 #: Is told what is being done, how many steps of it are done, and of how many.
 Progress = Callable[[str, int, int], None]
 
@@ -40,12 +38,9 @@ class Form:
 
     Attributes:
         model: In eval mode.
-        keep_kernels: Whether layers that generate their kernel may keep it from
-            call to call. If not, they squeeze it anew in every call.
     """
 
     model: nn.Module
-    keep_kernels: bool = True
 
 
 @dataclass(frozen=True)
@@ -276,20 +271,10 @@ def measure_forms(forms: Mapping[str, Form], run: Callable[[nn.Module], object],
     """
     counts: dict[str, tuple[int, int, int, int]] = {}
     for number, (name, form) in enumerate(forms.items(), 1):
-        forget_kernels(form.model)
-
-        def call(form: Form = form) -> None:
-            run(form.model)
-            if form.keep_kernels:  # the first call squeezes, the second finds all kernels kept
-                run(form.model)
-
         with torch.no_grad():
             run(form.model)  # what a library sets up once belongs to no form
-        if not form.keep_kernels:
-            forget_kernels(form.model)
         multiply_adds = count_multiply_adds(partial(run, form.model))
-        forget_kernels(form.model)
-        peak = peak_allocation(call, inputs.device)
+        peak = peak_allocation(partial(run, form.model), inputs.device)
         counts[name] = (count_parameters(form.model), multiply_adds, count_file_bytes(form.model),
                         count_tensor_bytes(form.model) + inputs.nbytes + peak)
         if progress is not None:
@@ -297,9 +282,7 @@ def measure_forms(forms: Mapping[str, Form], run: Callable[[nn.Module], object],
     with torch.no_grad():
         times = time_calls(
             {name: partial(run, form.model) for name, form in forms.items()}, rounds, warmup,
-            {name: partial(forget_kernels, form.model)
-             for name, form in forms.items() if not form.keep_kernels},
-            progress and partial(progress, 'timing inference'))
+            progress=progress and partial(progress, 'timing inference'))
     return {name: Cost(*counts[name], tuple(times[name])) for name in forms}
 
 

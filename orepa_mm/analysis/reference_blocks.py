@@ -36,16 +36,17 @@ class ReferenceConv2d(nn.Module):
     def __init__(self, layer: ReparamConv2d) -> None:
         super().__init__()
         self.layer = layer
-        if layer.padding_mode != 'zeros':
-            raise ValueError(f'the authors pad with zeros, got {layer.padding_mode!r}')
+        padding_mode = getattr(layer, 'padding_mode', 'zeros')  # a generator has none
+        if padding_mode != 'zeros':
+            raise ValueError(f'the authors pad with zeros, got {padding_mode!r}')
         names = [name for name, _ in layer.named_parameters()]
-        generators = [child for child in layer.children() if isinstance(child, ReparamConv2d)]
+        generators = getattr(layer, 'generators', [])
         self.generators = nn.ModuleList(map(ReferenceConv2d, generators))
         self.prefix = next((prefix for prefix in _PREFIXES if f'{prefix}origin' in names), None)
         if self.prefix is None and not generators:
             raise TypeError(f'{type(layer).__name__} is no OREPA block')
         if self.prefix in _PREFIXES[:3]:
-            o, _, k, _ = layer.kernel_shape
+            o, k = layer.out_channels, layer.kernel_size[0]
             options = dict(dtype=layer.vector.dtype, device=layer.vector.device)
             # in float32 first: checkpoints hold it so
             self.register_buffer('average', torch.full((k, k), 1 / k**2).to(**options))

@@ -271,8 +271,8 @@ def measure_latency(settings: Settings, progress: Progress | None = None) -> Mea
         return Measurement(
             f'latency{settings.name}',
             f'Forward pass of a ResNet-50 backbone in eval mode{settings.kind}',
-            'Plain is the stock network. Ours keeps its kernels from call to call; the authors '
-            'generate them at every call. Peak: what PyTorch allocates in a call.',
+            'Plain is the stock network. The training form generates its kernels at every call. '
+            'Peak: what PyTorch allocates in a call.',
             _measure(subjects, settings, progress), settings.conditions())
 
 
@@ -341,7 +341,7 @@ def _generating(model: nn.Module) -> list[ReparamConv2d | ReferenceConv2d]:
 
 def _kernels(layers: Sequence[ReparamConv2d | ReferenceConv2d]) -> list[Tensor]:
     """All kernels as the forward pass takes them; `weight` would hand out what may be written."""
-    return [layer.kernel() if isinstance(layer, ReferenceConv2d) else layer._kernel()
+    return [layer.kernel() if isinstance(layer, ReferenceConv2d) else layer._generate()
             for layer in layers]
 
 

@@ -183,7 +183,7 @@ def _branches(training: nn.Module, name: str, plain: Sequence[str]) -> tuple[lis
     except AttributeError:
         prefix = name.rpartition('.')[0]
         layer = training.get_submodule(prefix)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d) and not isinstance(layer, ReparamConv2d):
         return [layer.weight], False
     inside = '' if isinstance(layer, ReparamConv2d) else f'{prefix}.'
     return [parameter for key, parameter in layer.named_parameters()

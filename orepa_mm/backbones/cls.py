@@ -90,9 +90,7 @@ class OREPARepVGG(ReparamBackboneMixin, RepVGG):
 
     stock_type = 'mmpretrain.RepVGG'
     stock_has_deploy = True
-    stage_name = 'stage_{}'
     default_conv_cfg = {'type': 'OREPA', 'block': 'repvgg', 'pointwise': False}
-    training_key = '.vector'
 
     def __init__(self, *args: Any, deploy: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, deploy=deploy, **kwargs)

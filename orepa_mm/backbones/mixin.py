@@ -11,8 +11,9 @@ from mmengine.logging import print_log
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import nn
 
-from ..checkpoints import load_pretrained
-from ..errors import CheckpointError
+from ..checkpoints import load_pretrained, pretrained_cfgs
+from ..checkpoints.forms import is_branch_key
+from ..errors import CheckpointError, ConfigError
 from ..layers import DBBConv2d, adjacent_children, reparam_layers, replace_with_conv2d
 
 
@@ -34,10 +35,6 @@ class ReparamBackboneMixin:
     stock_type: str
     #: The conv layer type, with its options.
     default_conv_cfg: dict
-    #: What keys of the training form end with, and none of the deployed form.
-    training_key: str
-    #: How the stages are called, by number.
-    stage_name = 'layer{}'
     #: Whether the stock class has a `deploy` of its own.
     stock_has_deploy = False
 
@@ -68,13 +65,23 @@ class ReparamBackboneMixin:
         """Initialise as the stock class does, but load pretrained weights strictly.
 
         Blocks keep their published initialisation, which the stock class's own
-        rule for `Conv2d` would change; an `init_cfg` of the user's own acts. A
-        deployed backbone without weights is warned of: trained from scratch it
-        is the plain network.
+        rule for `Conv2d` would change; an `init_cfg` of the user's own acts. Beside
+        pretrained weights other rules have nothing to do: those are for all of the
+        backbone. A deployed backbone without weights is warned of: trained from
+        scratch it is the plain network.
+
+        Raises:
+            ConfigError: If pretrained weights are to be overridden in part.
         """
-        init_cfg = self.init_cfg
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            load_pretrained(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
+        pretrained = list(pretrained_cfgs(self.init_cfg))
+        if pretrained:
+            for init_cfg in pretrained:
+                if init_cfg.get('override'):
+                    raise ConfigError(
+                        f'init_cfg of {type(self).__name__} loads pretrained weights and overrides '
+                        f'a part of them ({init_cfg["override"]}), which is not supported: leave '
+                        'override out, or change the weights in the file')
+                load_pretrained(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
             self._is_init = True
         else:
             if self.deploy:
@@ -97,16 +104,12 @@ class ReparamBackboneMixin:
         self.deploy = True
 
     def _freeze_stages(self) -> None:
-        """Freeze as the stock class does; let frozen layers keep their kernel in training."""
+        """Freeze as the stock class does."""
         super()._freeze_stages()
         if self.frozen_stages < 0:
             return
-        start = self.stem if hasattr(self, 'stem') else self.conv1
-        start.eval()  # of a 7 x 7 stock classes freeze the parameters only
-        for part in (start, *(getattr(self, self.stage_name.format(number))
-                              for number in range(1, self.frozen_stages + 1))):
-            for layer in reparam_layers(part):
-                layer.frozen = True
+        # of a 7 x 7 stock classes freeze the parameters only
+        (self.stem if hasattr(self, 'stem') else self.conv1).eval()
 
     def train(self, mode: bool = True) -> ReparamBackboneMixin:
         """Set the mode; returns itself, as the stock class forgets to."""
@@ -114,8 +117,7 @@ class ReparamBackboneMixin:
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        if self.deploy and any(key.startswith(prefix) and key.endswith(self.training_key)
-                               for key in state_dict):
+        if self.deploy and any(key.startswith(prefix) and is_branch_key(key) for key in state_dict):
             raise CheckpointError(
                 f'{type(self).__name__}(deploy=True) is in deploy form, but the checkpoint holds '
                 'its training form (the branches). Re-parameterize the checkpoint with '
@@ -151,7 +153,6 @@ class OREPAMixin(ResNetMixin):
     """
 
     default_conv_cfg = {'type': 'OREPA'}
-    training_key = '.vector'
 
     def _stage_conv_cfg(self, conv_cfg: dict | None, **kwargs: Any) -> dict | None:
         # MMPretrain's blocks are told their expansion, the others know it
@@ -169,7 +170,6 @@ class DBBMixin(ResNetMixin):
     """
 
     default_conv_cfg = {'type': 'DBB'}
-    training_key = '.dbb_origin.conv.weight'
 
     def __init__(self, *args: Any, conv_cfg: dict | None = None, norm_cfg: dict | None = None,
                  **kwargs: Any) -> None:

@@ -55,14 +55,13 @@ def register_backbones() -> None:
     """
     for package, (_, _, names) in PACKAGES.items():
         if package in MODELS.children:
-            _add_location(MODELS.children[package])
+            add_location(MODELS.children[package])
         elif find_spec(package) is None:
             registry = Registry('model', parent=MODELS, scope=package, locations=[__name__])
             for name in names:
                 registry.register_module(name=name, module=_failing(
                     lambda name=name, package=package:
                     f'{package}.{name} cannot be built: {_problem_of(package)}'))
-    _notice_new_children(MODELS)
     for name in sorted({name for _, _, names in PACKAGES.values() for name in names}):
         elsewhere = _failing(functools.partial(_explain_scope, name))
         MODELS.register_module(name=name, module=_at_home(elsewhere) if name == _EVERYWHERE[0]
@@ -92,19 +91,12 @@ def scope_of(backbone: type) -> str:
     return next(package for package, (_, ours, _) in PACKAGES.items() if ours == module)
 
 
-def _notice_new_children(root: Registry) -> None:
-    """Add our location to a toolbox's registry as soon as that registry is made."""
-    add_child = root._add_child
+def add_location(registry: Registry) -> None:
+    """Let a toolbox's registry find our backbones, without importing the toolbox.
 
-    @functools.wraps(add_child)
-    def add_child_and_location(registry: Registry) -> None:
-        add_child(registry)
-        _add_location(registry)
-
-    root._add_child = add_child_and_location
-
-
-def _add_location(registry: Registry) -> None:
+    Args:
+        registry: Of MMEngine; of another scope it is left as it is.
+    """
     if registry.scope not in PACKAGES:
         return
     location = f'{__package__}.{PACKAGES[registry.scope][1]}'

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
@@ -17,18 +19,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CheckpointError
 from ..layers import ReparamConv2d, adjacent_children, reparam_layers
-from .forms import module_notes, noted, with_module_notes
+from .forms import module_notes, with_module_notes
 from .io import require_values
 
 
-def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source: str | None = None
-                        ) -> Mapping[str, Any]:
+def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any],
+                        source: str = 'the checkpoint') -> Mapping[str, Any]:
     """Replace plain kernels by branches, for every layer of the model that generates its kernel.
 
-    The branches are those that the model has now, but for the origin branch (in
-    a stem the last generator), which is such that the layer generates exactly
-    the plain kernel, see `ReparamConv2d.set_kernel`. Layer by layer: branches
-    that the weights hold stay as they are. The model is not changed.
+    The layer then generates exactly the plain kernel; how the branches start
+    around it is the block's option `start`, see `ReparamConv2d.start_from`. What is
+    drawn at random depends on the name of the layer and the seed of the process
+    alone, so that a moving average gets the branches that the model gets. Layer
+    by layer: branches that the weights hold stay as they are. The model is not
+    changed.
 
     Left as they are, for whoever loads them to judge: a kernel of another shape,
     one beside branches of the same layer, one with a BN folded into it, and
@@ -37,10 +41,11 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
     Args:
         model: In training form or not, maybe wrapped.
         state_dict: What is to be loaded into it; left as it is.
-        source: What to call it in the log; by default what the reader noted.
+        source: What to call it in the log.
 
     Returns:
-        The given state dict, if nothing is expanded. Otherwise one with
+        The given state dict, if nothing is expanded; that of one detector for both in a
+        model that has it as a teacher and as a student. Otherwise one with
         `{layer}.{branch}` in place of `{layer}.weight`, one line in the log, and
         the versions of the modules kept.
 
@@ -54,6 +59,7 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
     layers = list(named_layers(model))
     if not layers:
         return state_dict
+    state_dict = _for_teacher_and_student(model, state_dict)
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     folded = folded_layers(model, tensors)
     branches = {f'{prefix}weight': _branches(layer, prefix, tensors) for prefix, layer in layers
@@ -66,13 +72,26 @@ def expanded_state_dict(model: nn.Module, state_dict: Mapping[str, Any], source:
         expanded.update(branches.get(key, {key: value}))
     done = {layer for prefix, layer in layers if f'{prefix}weight' in branches}
     print_log(
-        f'{source or noted(state_dict, "source") or "the checkpoint"}: plain weights were expanded '
-        f'into {len(done)} of the {len({layer for _, layer in layers})} layers of '
+        f'{source}: plain weights were expanded into {len(done)} of the '
+        f'{len({layer for _, layer in layers})} layers of '
         f'{type(model).__name__} that are in training form. It computes what the plain model '
-        'computes with them; the branches beside the origin branch start as the model has them. '
+        'computes with them; the option start of conv_cfg says how the branches begin. '
         'Train on, then re-parameterize: the cost to run is that of the plain model',
         'current', logging.INFO)
     return with_module_notes(expanded, module_notes(state_dict))
+
+
+def _for_teacher_and_student(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights of one detector, as MMDetection's semi-supervised ones name them to load both."""
+    parts = ('teacher', 'student')
+    if not (hasattr(model, 'semi_test_cfg') and all(hasattr(model, part) for part in parts)) or any(
+            part in key for part in parts for key in state_dict):
+        return state_dict
+    notes = module_notes(state_dict)
+    return with_module_notes(
+        {f'{part}.{key}': value for part in parts for key, value in state_dict.items()},
+        {**{f'{part}.{name}'.rstrip('.'): value for part in parts for name, value in notes.items()},
+         '': notes.get('', {})})
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
@@ -147,9 +166,11 @@ def _branches(layer: ReparamConv2d, prefix: str, tensors: Mapping[str, Tensor]
     key, bias = f'{prefix}weight', f'{prefix}bias'
     for name in {key, bias} & tensors.keys():
         require_values(name, tensors[name], layer._reference(), type(layer).__name__)
-    layer = copy.deepcopy(layer)
+    layer = copy.deepcopy(layer).cpu()
     try:
-        layer.set_kernel(tensors[key])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed() ^ zlib.crc32(prefix.encode()))
+            layer.start_from(tensors[key])
     except TypeError:
         return None
     except ValueError as error:

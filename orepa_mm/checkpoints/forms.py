@@ -14,6 +14,8 @@ _Value = TypeVar('_Value')
 #: A branch of an OREPA block: only a training form has them. (`vector` is a name of others too.)
 _BRANCH = re.compile(r'\.weight_(orepa|or1x1|rbr|online)_\w+$')
 _DBB = re.compile(r'\.dbb_(origin|avg|1x1|1x1_kxk)\.')
+#: What is left of a BN that was folded.
+FOLDED = 'folded_norm'
 #: The one convolution of a block that the authors' code re-parameterized.
 _DEPLOYED_BY_AUTHORS = re.compile(r'\.(orepa|or1x1|or_large|rbr|dbb)_reparam\.')
 _DETECTOR_PARTS = frozenset({'neck', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'})
@@ -38,33 +40,25 @@ def is_in_authors_names(keys: Collection[str]) -> bool:
     return any(map(_BRANCH.search, keys)) and any(re.match(r'stage\d\.', key) for key in keys)
 
 
-def note(state_dict: Mapping[str, Any], **notes: str | None) -> OrderedDict[str, Any]:
-    """Let weights carry what is known of their checkpoint: its `form`, its `source`.
+def is_folded(keys: Collection[str]) -> bool:
+    """Whether these are keys of weights into which a BN was folded.
 
-    MMEngine hands on the weights alone, and in a folded form's keys nothing is
-    certain: they may be those of any network without BN. It hands on
-    PyTorch's own notes beside them (`_metadata`), where these are put.
+    Args:
+        keys: Of a state dict.
+    """
+    return any(key.rpartition('.')[2] == FOLDED for key in keys)
+
+
+def without_mark(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights without the key that `read_file` gave to a folded form of version 0.2.0.
 
     Args:
         state_dict: The weights; left as they are.
-        **notes: For example `form='folded'`; None notes nothing.
-
-    Returns:
-        The same weights with the notes, see `noted`.
     """
-    before = module_notes(state_dict)
-    new = {name: value for name, value in notes.items() if value is not None}
-    return with_module_notes(state_dict, {**before, '': {**before.get('', {}), **new}})
-
-
-def noted(state_dict: Mapping[str, Any], name: str) -> str | None:
-    """What `note` noted under a name, or None.
-
-    Args:
-        state_dict: Of a model or of a part of it.
-        name: `form` or `source`.
-    """
-    return module_notes(state_dict).get('', {}).get(name)
+    if FOLDED not in state_dict:
+        return state_dict
+    return with_module_notes({key: value for key, value in state_dict.items() if key != FOLDED},
+                             module_notes(state_dict))
 
 
 def module_notes(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

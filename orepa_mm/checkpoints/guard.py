@@ -1,38 +1,30 @@
-"""A checkpoint of one form does not load into a model of another, anywhere in MMEngine.
+"""A checkpoint of one form does not load into a model of another.
 
 MMEngine would warn of missing keys, leave random weights, and go on.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Mapping
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import mmengine.runner
-import mmengine.runner.checkpoint
-from mmengine.runner import FlexibleRunner, Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CheckpointError, shortened
 from ..layers import reparam_layers
 from .expansion import (
-    expanded_state_dict,
     folded_layers,
     has_plain_kernel,
     named_layers,
     without_wrappers,
 )
-from .forms import is_branch_key, is_in_authors_names, noted
+from .forms import is_branch_key, is_folded, is_in_authors_names
 
 #: MMPretrain's RepVGG block: its one convolution when deployed, and what it is made from.
 _REPVGG_DEPLOYED, _REPVGG_TRAINING = 'branch_reparam', 'branch_3x3'
 _REPARAM = ('  mim run orepa_mm reparam TRAINING_CONFIG CHECKPOINT --out DIR{}\n'
             'and use DIR/config.py with DIR/model.pth')
-#: Whether a runner is resuming: the state of its optimizer belongs to the form of the weights.
-_resuming: ContextVar[bool] = ContextVar('resuming', default=False)
 #: What to do, by (form of the checkpoint, form of the model).
 _FIXES = {
     ('training', 'plain'): 'Re-parameterize it with the config that it was trained with:\n'
@@ -66,12 +58,8 @@ def require_same_form(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     business, nor are missing keys of other parts. A model without such layers
     and without folded BN may load whatever it likes, but for branches.
 
-    The keys of a folded form may be those of any network without BN. Weights
-    that meet a plain model are known to be folded only where the file's `meta`
-    says so and MMEngine hands the whole state dict on (`load_from`, inferencers,
-    `load_checkpoint`; `load_weights` of this package). From a bare state dict,
-    and through `init_cfg` with a `prefix`, they are not recognised: MMEngine
-    warns of the missing keys, or, with `strict=True`, raises.
+    Folded weights are known by the key that each folded BN leaves (`folded_norm`);
+    in files of version 0.2.0 by what `meta` says of them.
 
     Args:
         model: The model, maybe wrapped.
@@ -88,7 +76,7 @@ def require_same_form(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     layers = set(reparam_layers(model))
     folded = _folded_norms(model)
-    written_as_folded = noted(state_dict, 'form') == 'folded'
+    written_as_folded = is_folded(tensors)
     if not (layers or folded or written_as_folded or any(map(is_branch_key, tensors))):
         return
     found = (_mismatch_of_branches(model, layers, 'folded' if folded else 'plain', tensors)
@@ -104,44 +92,6 @@ def require_same_form(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             'model of OpenMMLab has. Convert it:\n'
             '  mim run orepa_mm convert_checkpoint CHECKPOINT CONVERTED')
     _require_whole_layers(model, tensors)
-
-
-def guard_mmengine() -> None:
-    """Let MMEngine expand plain weights and check the form wherever it loads weights.
-
-    It wraps the one function that `load_from`, `init_cfg`, `init_detector`, resume
-    and EMA call. While a run is resumed nothing is expanded: plain weights that
-    meet a training form are an error. A second call does nothing.
-    """
-    load = mmengine.runner.checkpoint.load_state_dict
-    if hasattr(load, 'checks_form'):
-        return
-
-    @functools.wraps(load)
-    def checked(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if not _resuming.get():
-            state_dict = expanded_state_dict(module, state_dict)
-        require_same_form(module, state_dict)
-        return load(module, state_dict, *args, **kwargs)
-
-    checked.checks_form = True  # type: ignore[attr-defined]  # a mark, for the second call
-    mmengine.runner.checkpoint.load_state_dict = checked
-    mmengine.runner.load_state_dict = checked
-    for runner in (Runner, FlexibleRunner):
-        runner.resume = _noticed(runner.resume)
-
-
-def _noticed(resume: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, during which `_resuming` is true."""
-    @functools.wraps(resume)
-    def noticed(*args: Any, **kwargs: Any) -> Any:
-        token = _resuming.set(True)
-        try:
-            return resume(*args, **kwargs)
-        finally:
-            _resuming.reset(token)
-
-    return noticed
 
 
 def _mismatch_of_branches(model: nn.Module, layers: Collection[nn.Module],

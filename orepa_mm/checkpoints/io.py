@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, shortened
-from .forms import module_notes, note, noted, with_module_notes
+from .forms import FOLDED, is_folded, module_notes, with_module_notes
 
 #: How files of other kinds begin, and what they are.
 _OTHER_KINDS = (
@@ -90,8 +90,7 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
             safe unless the user sets `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`.
 
     Returns:
-        What it holds. If that is a checkpoint whose `meta` names its form, the
-        state dict carries it, see `noted`.
+        What it holds. A folded form of version 0.2.0 gets the key that tells it.
 
     Raises:
         CheckpointError: If the file is damaged, or holds anything but tensors
@@ -118,8 +117,9 @@ def read_file(path: str | Path, map_location: Any = 'cpu', weights_only: bool | 
         meta, state = content.get('meta'), content.get('state_dict')
         if isinstance(state, Mapping):
             require_names(state, f'{path} cannot be used: ')
-        if isinstance(meta, Mapping) and meta.get('form') and isinstance(state, dict):
-            content['state_dict'] = note(state, form=meta['form'])
+            if (isinstance(meta, Mapping) and meta.get('form') == 'folded'
+                    and isinstance(state, dict) and not is_folded(state)):
+                state[FOLDED] = torch.tensor(True)
     return content
 
 
@@ -177,17 +177,14 @@ def below(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
 
     Returns:
         The state dict of that part of the model. It keeps the versions of the
-        modules, by which their code knows the names of older files, and the
-        notes about the checkpoint.
+        modules, by which their code knows the names of older files.
     """
-    part = with_module_notes(
+    return with_module_notes(
         {key.removeprefix(prefix): value for key, value in state_dict.items()
          if isinstance(value, Tensor) and key.startswith(prefix)},
         {f'{name}.'.removeprefix(prefix).rstrip('.'): value
          for name, value in module_notes(state_dict).items()
          if not prefix or f'{name}.'.startswith(prefix)})
-    notes = {name: noted(state_dict, name) for name in ('form', 'source')}
-    return note(part, **notes) if any(notes.values()) else part
 
 
 def require_values(key: str, value: Tensor, own: Tensor | None, owner: str) -> None:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, shortened
 from .expansion import expanded_state_dict
+from .forms import without_mark
 from .guard import require_same_form
 from .io import below, load_checkpoint, model_state_dict, require_values
 
@@ -46,7 +48,7 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
     if unused:
         raise CheckpointError(f'{path} does not fit {type(model).__name__}, which has no '
                               f'{shortened(unused)}')
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(without_mark(state), strict=False)
     return checkpoint
 
 
@@ -97,10 +99,28 @@ def load_pretrained(module: nn.Module, source: str, prefix: str | None = None) -
     module.load_state_dict(state, strict=False)
 
 
+def pretrained_cfgs(init_cfg: Any) -> Iterator[Mapping[str, Any]]:
+    """What an `init_cfg` loads, in whichever way a config says so.
+
+    Args:
+        init_cfg: As of MMEngine's modules: a dictionary, several, or None; its
+            `type` a name, a name with its scope, or the class.
+
+    Yields:
+        The dictionaries of type `Pretrained`.
+    """
+    for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or ():
+        kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+        if (issubclass(kind, PretrainedInit) if isinstance(kind, type) else
+                str(kind).rpartition('.')[2] in ('Pretrained', 'PretrainedInit')):
+            yield cfg
+
+
 def _check(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> list[str]:
     """The keys that the module does not have; an error if what it has does not fit."""
     with _named(source):
         require_same_form(module, state)
+    state = without_mark(state)
     twin = _without_memory(module)
     try:
         with warnings.catch_warnings():

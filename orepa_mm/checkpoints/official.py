@@ -49,7 +49,7 @@ def convert_official_block(
     conv = _empty_layer(state_dict)
     block = nn.ModuleDict({'conv': conv, 'bn': nn.BatchNorm2d(conv.out_channels, device='meta')})
     # a plain convolution stands beside its BN, a layer with branches around it
-    inner = '' if isinstance(conv, nn.Conv2d) else 'conv.'
+    inner = 'conv.' if isinstance(conv, ReparamConv2d) else ''
     state = _renamed(state_dict, block, lambda key: key.removeprefix(inner),
                      'the rest of the block')
     return below(state, 'conv.'), below(state, 'bn.')

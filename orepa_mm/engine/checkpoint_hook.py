@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -22,15 +22,13 @@ from torch import nn
 from ..checkpoints import load_checkpoint, model_state_dict
 from ..checkpoints.expansion import without_wrappers
 from ..checkpoints.io import is_finite
-from ..errors import CheckpointError, DivergedError, shortened
+from ..errors import CheckpointError, ConfigError, DivergedError, shortened
 from ..files import remove_unfinished, written_whole
 
 #: Where MMEngine notes which checkpoint is the last, inside the work folder.
 LAST_CHECKPOINT = 'last_checkpoint'
 #: Under which name MMEngine's file functions find `WholeFileBackend`.
 _BACKEND = 'orepa_mm_whole'
-#: In the message hub, and so in the checkpoint: names of what it makes superfluous.
-_OUTDATED = 'outdated_ckpts'
 
 
 class WholeFileBackend(LocalBackend):
@@ -80,6 +78,7 @@ class WholeCheckpointHook(CheckpointHook):
         **options: Those of the stock hook.
 
     Raises:
+        ConfigError: If there is no such option.
         DivergedError: In training; it names the last good checkpoint.
 
     Example:
@@ -93,6 +92,9 @@ class WholeCheckpointHook(CheckpointHook):
 
     def __init__(self, *args: Any, check_finite: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
+        if self.args:  # the stock hook would fail with them at the first checkpoint
+            raise ConfigError('the checkpoint hook (default_hooks.checkpoint) has no option '
+                              f'{shortened(list(self.args))}: correct the name, or leave it out')
         self.check_finite = check_finite
 
     def before_train(self, runner: Runner) -> None:
@@ -107,14 +109,13 @@ class WholeCheckpointHook(CheckpointHook):
                              'finite')
         if self.file_client_args is None and type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend=_BACKEND)
-        self.file_backend = _RemovesLater(self.file_backend, runner.message_hub, self.out_dir)
-        if is_main_process():
-            self._remove_outdated()
-            if self.backend_args == dict(backend=_BACKEND):
-                for folder in {self.out_dir, runner.work_dir}:
-                    if found := remove_unfinished(folder):
-                        runner.logger.info(f'removed {found} unfinished files that a killed run '
-                                           f'left in {folder}')
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # of any length, see below
+        if is_main_process() and self.backend_args == dict(backend=_BACKEND):
+            for folder in {self.out_dir, runner.work_dir}:
+                if found := remove_unfinished(folder):
+                    runner.logger.info(f'removed {found} unfinished files that a killed run '
+                                       f'left in {folder}')
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Stop a run that has diverged; save what the stock hook saves.
@@ -135,18 +136,45 @@ class WholeCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         self._require_finite(runner, 'the training has diverged')
-        # the stock hook writes the pointer in place, into the runner's work folder
-        with tempfile.TemporaryDirectory() as elsewhere:
-            super()._save_checkpoint_with_step(_WithWorkDir(runner, elsewhere), step, meta)
+        number = self.max_keep_ckpts
+        if number > 0:  # the stock hook removes the oldest one first: let it have one more
+            self.max_keep_ckpts += 1
+        try:
+            # the stock hook writes the pointer in place, into the runner's work folder
+            with tempfile.TemporaryDirectory() as elsewhere:
+                super()._save_checkpoint_with_step(_WithWorkDir(runner, elsewhere), step, meta)
+        finally:
+            self.max_keep_ckpts = number
         if is_main_process():
             WholeFileBackend().put(self.last_ckpt.encode(), Path(runner.work_dir, LAST_CHECKPOINT))
-            self._remove_outdated()
+        while 0 < number < len(self.keep_ckpt_ids):
+            name = self.filename_tmpl.format(self.keep_ckpt_ids.popleft())
+            self._remove(self.file_backend.join_path(self.out_dir, name))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         self._require_finite(runner, 'the training has diverged')
+        # the stock hook removes an old one first, if it knows of it
+        path, self.best_ckpt_path = getattr(self, 'best_ckpt_path', None), None
+        paths = getattr(self, 'best_ckpt_path_dict', {})
+        self.best_ckpt_path_dict = dict.fromkeys(paths)
         super()._save_best_checkpoint(runner, metrics)
-        if is_main_process():
-            self._remove_outdated()
+        self.best_ckpt_path = self._replaced(path, self.best_ckpt_path)
+        self.best_ckpt_path_dict = {key: self._replaced(paths[key], new)
+                                    for key, new in self.best_ckpt_path_dict.items()}
+
+    def _replaced(self, old: str | None, new: str | None) -> str | None:
+        """The best checkpoint, without the one that it was before."""
+        if old and new and old != new:
+            self._remove(old)
+        return new or old
+
+    def _remove(self, path: str) -> None:
+        if not is_main_process():
+            return
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):  # sharded ones are folders
+            self.file_backend.rmtree(path)
 
     def _require_finite(self, runner: Runner, problem: str) -> None:
         """Refuse to go on with weights that are lost; `problem` begins the error."""
@@ -162,11 +190,6 @@ class WholeCheckpointHook(CheckpointHook):
             'with a lower learning rate, a longer warm-up or clipped gradients '
             '(optim_wrapper.clip_grad.max_norm=10), in mixed precision with bfloat16. '
             'default_hooks.checkpoint.check_finite=False lets a run go on')
-
-    def _remove_outdated(self) -> None:
-        best = getattr(self, 'best_ckpt_path_dict', {}).values()
-        self.file_backend.remove_now(
-            {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best})
 
 
 def non_finite_weights(model: nn.Module) -> list[str]:
@@ -203,7 +226,7 @@ def _last_good_checkpoint(work_dir: str | Path) -> str | None:
 def use_whole_checkpoints(cfg: Config) -> None:
     """Let a config that imports this package save through `WholeCheckpointHook`.
 
-    Where another hook than the stock one is asked for, that is kept.
+    Where another hook than the stock one is asked for, that is left.
 
     Args:
         cfg: Any config; changed in place.
@@ -216,47 +239,6 @@ def use_whole_checkpoints(cfg: Config) -> None:
     hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     if hook and hook.get('type') in (CheckpointHook, 'CheckpointHook', 'mmengine.CheckpointHook'):
         hook['type'] = WholeCheckpointHook.__name__
-
-
-class _RemovesLater:
-    """A storage backend that notes what is to be removed, and removes it when told to.
-
-    The notes are in the message hub as well: the checkpoint that is written
-    next holds them, and who resumes from it can make up for the removal.
-
-    Args:
-        backend: Of MMEngine.
-        message_hub: The runner's.
-        folder: Where everything is that will be removed.
-    """
-
-    def __init__(self, backend: Any, message_hub: MessageHub, folder: str) -> None:
-        self._backend, self._message_hub = backend, message_hub
-        self._outdated = [backend.join_path(folder, name)
-                          for name in message_hub.get_info(_OUTDATED, [])]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def remove(self, path: str) -> None:
-        self._outdated.append(path)
-        self._message_hub.update_info(_OUTDATED, [os.path.basename(p) for p in self._outdated])
-
-    rmtree = remove
-
-    def remove_now(self, kept: set[str | None]) -> None:
-        """Remove what was noted, but not what has been written anew under its old name."""
-        if not self._outdated:
-            return
-        for path in self._outdated:
-            if path in kept:
-                continue
-            if self._backend.isfile(path):
-                self._backend.remove(path)
-            elif self._backend.isdir(path):  # sharded ones are folders
-                self._backend.rmtree(path)
-        self._outdated = []
-        self._message_hub.update_info(_OUTDATED, [])
 
 
 class _WithWorkDir:

@@ -81,7 +81,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not prefix:  # this is the model, all its parameters are there
             _refuse_shared(params, module)
             if self.merge_groups:
-                params[:] = _merged(params)
+                params[:] = _merged(params, {'lr': self.base_lr, 'weight_decay': self.base_wd})
 
     def __call__(self, model: nn.Module) -> Any:
         """Build the optimizer wrapper; see the default constructor."""
@@ -95,11 +95,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return wrapper
 
 
-def _merged(groups: list[dict]) -> list[dict]:
+def _merged(groups: list[dict], defaults: dict) -> list[dict]:
     """One group of all those that are equal but for their parameters, in the order of the first."""
+    defaults = {key: value for key, value in defaults.items() if value is not None}
     found: list[tuple[dict, list[nn.Parameter]]] = []
     for group in groups:
-        options = {key: value for key, value in group.items() if key != 'params'}
+        options = {**defaults, **{key: value for key, value in group.items() if key != 'params'}}
         for known, params in found:  # no dict: options may be lists
             if known == options:
                 params.extend(group['params'])
@@ -124,9 +125,22 @@ def _refuse_shared(groups: list[dict], model: nn.Module) -> None:
 def _refuse_other_groups(optimizer: Optimizer, state_dict: dict) -> None:
     """Say what to do if a state has other groups; param schedulers keep values by group, too."""
     saved, own = len(state_dict['param_groups']), len(optimizer.param_groups)
-    number = sum(len(group['params']) for group in optimizer.param_groups)
-    if saved == own or number != sum(len(group['params']) for group in state_dict['param_groups']):
-        return  # what else may differ PyTorch says
+    theirs, ours = ([parameter for group in groups for parameter in group['params']]
+                    for groups in (state_dict['param_groups'], optimizer.param_groups))
+    number = len(ours)
+    if number != len(theirs):
+        return  # PyTorch says it
+    if saved == own:
+        for key, parameter in zip(theirs, ours):
+            for moment in ('momentum_buffer', 'exp_avg'):
+                found = state_dict['state'].get(key, {}).get(moment)
+                if found is not None and found.shape != parameter.shape:
+                    raise CheckpointError(
+                        f'the optimizer to resume has as many parameter groups, {own}, but others '
+                        f'in them: where it has a {moment} of shape {tuple(found.shape)}, this run '
+                        f'has a parameter of shape {tuple(parameter.shape)}. To go on with it, '
+                        'take the paramwise_cfg that it had')
+        return
     option = '--cfg-options optim_wrapper.paramwise_cfg.merge_groups='
     raise CheckpointError(
         f'the optimizer to resume has {saved} parameter groups, that of this run {own} for the '

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
@@ -25,12 +26,12 @@ from .launch import bare_model
 class ReparamTestHook(Hook):
     """Validate and test with the deployed form of the model.
 
-    Before every validation and test epoch a re-parameterized copy takes the
-    place of `runner.model`; afterwards, and also if the epoch is left by an
-    exception, the training form is back. It is not touched meanwhile: it even
-    stays in training mode, where a plain validation leaves it in eval mode.
+    A re-parameterized copy takes the place of `runner.model` while a batch is
+    validated or tested: it is made at the first batch of each validation, and of
+    the averaged weights where an `EMAHook` has put them in. Whatever runs before
+    and after, other hooks and an exception among it, meets the training form.
     Training goes on bit for bit as without the hook, and checkpoints hold the
-    training form. With an `EMAHook` the copy is made of the averaged weights.
+    training form.
 
     The raw outputs of both forms are compared on the first batches of every
     validation. A difference is logged as an error, and the run goes on: the
@@ -54,8 +55,7 @@ class ReparamTestHook(Hook):
         >>> custom_hooks = [dict(type='ReparamTestHook')]
     """
 
-    #: After whatever changes weights for a validation (`EMAHook` is NORMAL),
-    #: before whatever saves them (`CheckpointHook` is VERY_LOW).
+    #: An EMAHook (NORMAL) puts its weights back before this one may stop the run.
     priority = 'LOW'
 
     def __init__(self, verify_batches: int = 1, stop_on_difference: bool = False) -> None:
@@ -66,13 +66,10 @@ class ReparamTestHook(Hook):
         self.verify_batches = verify_batches
         self.stop_on_difference = stop_on_difference
         self._enabled = False
-        #: While a copy is in its place: the runner's model, and what is in its wrappers.
-        self._training_model: nn.Module | None = None
-        self._before: nn.Module | None = None
+        #: The copy, during a validation.
+        self._deployed: nn.Module | None = None
         #: What the comparisons of this validation found wrong, in this process.
         self._complaints: list[str] = []
-
-    # --- before anything is trained ------------------------------------------
 
     def before_run(self, runner: Runner) -> None:
         """Fail now where the first validation would fail hours later.
@@ -83,73 +80,51 @@ class ReparamTestHook(Hook):
         Raises:
             NothingToConvertError: If the model has nothing to re-parameterize.
                 It is a `ValueError`.
-            ConfigError: If another hook runs on the wrong side of this one.
+            ConfigError: If there are two of these hooks.
         """
-        self._require_order(runner)
+        if [type(hook) for hook in runner.hooks].count(type(self)) > 1:
+            raise ConfigError('there are two ReparamTestHooks in custom_hooks: remove one')
         with _same_random_numbers():
             reparameterize(runner.model)  # one try
         self._enabled = is_training_form(runner.model)
         if not self._enabled:
             runner.logger.warning('ReparamTestHook has nothing to do: the model is in deploy form '
                                   'already. Remove the hook from custom_hooks.')
-        for loop in (runner._val_loop, runner._test_loop):
-            if isinstance(loop, BaseLoop):
-                self._guard(loop, runner)
-
-    def _require_order(self, runner: Runner) -> None:
-        position = runner.hooks.index(self)
-        for index, hook in enumerate(runner.hooks):
-            name = f'{type(hook).__name__} (priority {hook.priority})'
-            ours = f'ReparamTestHook (priority {self.priority})'
-            if isinstance(hook, ReparamTestHook) and hook is not self:
-                raise ConfigError('there are two ReparamTestHooks in custom_hooks: remove one')
-            if isinstance(hook, EMAHook):
-                if index > position:
-                    raise ConfigError(
-                        f'{name} runs after {ours}: the deployed form would be made of weights '
-                        "that are not averaged. Give the EMAHook its own priority, 'NORMAL', or "
-                        "ReparamTestHook one that comes later, e.g. priority='LOW'.")
-                if getattr(hook, 'evaluate_on_ema', False) and \
-                        getattr(hook, 'evaluate_on_origin', False):
-                    raise ConfigError(
-                        f'{name} validates a second time inside of one validation, which would '
-                        'be done with the deployed form of the averaged weights again. Set '
-                        'evaluate_on_origin=False, or remove ReparamTestHook.')
-            if isinstance(hook, CheckpointHook) and index < position:
-                raise ConfigError(
-                    f'{name} runs before {ours}: save_best would save the deployed form. Give '
-                    "the CheckpointHook its own priority, 'VERY_LOW', or ReparamTestHook one "
-                    "that comes earlier, e.g. priority='LOW'.")
-
-    def _guard(self, loop: BaseLoop, runner: Runner) -> None:
-        """Put the training form back also if the loop is left by an exception.
-
-        No hook is called then, and who catches it, e.g. a KeyboardInterrupt in
-        a notebook, would go on with the copy.
-        """
-        run = loop.run
-        if getattr(run, 'guarded_by', None) is self:
             return
+        for loop in (runner._val_loop, runner._test_loop):
+            if isinstance(loop, BaseLoop) and not hasattr(loop, 'run_iter'):
+                runner.logger.warning(f'ReparamTestHook does nothing in {type(loop).__name__}, '
+                                      'which has no run_iter: the training form is validated')
+            elif isinstance(loop, BaseLoop) and not hasattr(loop.run_iter, 'deploys'):
+                loop.run_iter = self._deploying(loop.run_iter, runner)
 
-        @functools.wraps(run)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
+    def _deploying(self, run_iter: Callable[..., Any], runner: Runner) -> Callable[..., Any]:
+        """A loop's method for one batch, to which `runner.model` is the deployed form."""
+        @functools.wraps(run_iter)
+        def deploying(idx: int, data_batch: Any) -> Any:
+            model = runner.model
+            if idx == 0 or self._deployed is None:
+                with _same_random_numbers():
+                    # takes off the wrapper of a distributed run, which is for gradients only
+                    self._deployed = reparameterize(model)
+            if idx < self.verify_batches:
+                self._compare(runner, bare_model(runner), self._deployed, idx, data_batch)
+            runner.model = self._deployed
             try:
-                return run(*args, **kwargs)
+                return run_iter(idx, data_batch)
             finally:
-                self._put_back(runner)
+                runner.model = model
 
-        guarded.guarded_by = self
-        loop.run = guarded
-
-    # --- the exchange --------------------------------------------------------
+        deploying.deploys = True  # type: ignore[attr-defined]  # a mark, for a second run
+        return deploying
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Let the deployed form take the place of the training form.
+        """Forget an earlier validation, which an exception may have ended.
 
         Args:
             runner: The runner.
         """
-        self._put_copy(runner)
+        self._deployed, self._complaints = None, []
 
     def before_test_epoch(self, runner: Runner) -> None:
         """As `before_val_epoch`.
@@ -157,10 +132,10 @@ class ReparamTestHook(Hook):
         Args:
             runner: The runner.
         """
-        self._put_copy(runner)
+        self.before_val_epoch(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Put the training form back and free the copy.
+        """Free the copy.
 
         Args:
             runner: The runner.
@@ -170,7 +145,7 @@ class ReparamTestHook(Hook):
             VerificationError: With `stop_on_difference`, if outputs differed or
                 could not be compared in any process.
         """
-        self._put_back(runner)
+        self._deployed = None
         self._stop_if_asked_for()
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -185,55 +160,16 @@ class ReparamTestHook(Hook):
         """
         self.after_val_epoch(runner, metrics)
 
-    def _put_copy(self, runner: Runner) -> None:
-        if not self._enabled:
-            return
-        with _same_random_numbers():
-            # Takes off the wrapper of a distributed run, which is for gradients only.
-            deployed = reparameterize(runner.model)
-        self._training_model, self._before = runner.model, bare_model(runner)
-        self._complaints = []
-        runner.model = deployed
-
-    def _put_back(self, runner: Runner) -> None:
-        if self._training_model is not None:
-            runner.model = self._training_model
-            self._training_model = self._before = None
-
-    # --- the comparison ------------------------------------------------------
-
-    def before_val_iter(self, runner: Runner, batch_idx: int,
-                        data_batch: dict | tuple | list | None = None) -> None:
-        """Compare both forms on this batch if it is one of the first.
-
-        Args:
-            runner: The runner, its model in deploy form.
-            batch_idx: Number of the batch in this validation.
-            data_batch: What the data loader gave; not changed.
-        """
-        if self._training_model is not None and batch_idx < self.verify_batches:
-            self._compare(runner, batch_idx, data_batch)
-
-    def before_test_iter(self, runner: Runner, batch_idx: int,
-                         data_batch: dict | tuple | list | None = None) -> None:
-        """As `before_val_iter`.
-
-        Args:
-            runner: The runner, its model in deploy form.
-            batch_idx: Number of the batch in this test.
-            data_batch: What the data loader gave; not changed.
-        """
-        self.before_val_iter(runner, batch_idx, data_batch)
-
-    def _compare(self, runner: Runner, batch_idx: int, data_batch: Any) -> None:
-        before, after = self._before, bare_model(runner)
+    def _compare(self, runner: Runner, before: nn.Module, deployed: nn.Module, batch_idx: int,
+                 data_batch: Any) -> None:
         try:
-            if isinstance(runner.model, BaseTTAModel):  # the first of the augmentations
+            if isinstance(deployed, BaseTTAModel):  # the first of the augmentations
+                deployed = deployed.module
                 data_batch = {key: value[0] for key, value in data_batch.items()}
             with _same_random_numbers(), torch.no_grad():
                 # A copy: a preprocessor may work in place, and the loop calls it as well.
-                batch = after.data_preprocessor(copy.deepcopy(data_batch), False)
-                report = verify(before, after, [batch])
+                batch = deployed.data_preprocessor(copy.deepcopy(data_batch), False)
+                report = verify(before, deployed, [batch])
             if report.passed:
                 runner.logger.info('training and deployed form agree on batch '
                                    f'{batch_idx}: {_largest_errors(report)}')

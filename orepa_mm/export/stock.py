@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -19,7 +20,8 @@ from ..backbones.registration import resolved, scope_of
 from ..datasets.config_walk import find_datasets
 from ..errors import ConfigError
 from ..files import written_whole
-from ..reparam import build_expanded, is_training_form, stock_cfg_of_expanded
+from ..openmmlab.expanded import build_expanded, stock_cfg_of_expanded
+from ..reparam import is_training_form
 
 #: Plain: the stock model. Folded: BN folded into the convolutions as well.
 DEPLOYED_FORMS = ('plain', 'folded')
@@ -28,6 +30,9 @@ _PACKAGE = __name__.partition('.')[0]
 _MARK = '@DATA_ROOT@'
 #: Settings that belong to a run; `reparam` holds what our configs picked from.
 _TRAINING_ONLY = ('load_from', 'resume', 'work_dir', 'launcher', 'reparam')
+#: Settings to train a teacher and a student, which one detector cannot be run with.
+_OF_TEACHER_AND_STUDENT = ('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler',
+                           'auto_scale_lr', 'custom_hooks')
 
 
 def deploy_config(cfg: Config, form: str = 'plain') -> Config:
@@ -45,7 +50,8 @@ def deploy_config(cfg: Config, form: str = 'plain') -> Config:
         `deploy=True` for blocks of other packages that re-parameterize themselves
         (`switch_to_deploy`, which `reparameterize` calls), no pretrained weights,
         and of the plain form nothing that resolves to this package: no import,
-        hook or optimizer constructor.
+        hook or optimizer constructor. Of a detector that holds others it is the
+        config of the one that `used_detector` takes, without the settings to train two.
 
     Raises:
         ConfigError: If something of this package stands where no stock type
@@ -58,8 +64,15 @@ def deploy_config(cfg: Config, form: str = 'plain') -> Config:
         content.pop(key, None)
     model, registry = content.pop('model'), _model_registry()
     content = _without_ours(content, _registered_by_us())
+    used = _used_detector_cfg(model, registry)
+    if used is not model:
+        content = {key: value for key, value in content.items()
+                   if not key.startswith('teacher') and key != 'detector' and not (
+                       'detector' in model and key in _OF_TEACHER_AND_STUDENT)}
+        if 'detector' in model and content.get('val_cfg'):
+            content['val_cfg'] = dict(type='ValLoop')
     try:
-        content['model'] = _stock_model(model, registry)
+        content['model'] = _stock_model(used, registry)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     imports = content.get('custom_imports')
@@ -78,6 +91,36 @@ def deploy_config(cfg: Config, form: str = 'plain') -> Config:
         imports['imports'] = [*imports['imports'], _PACKAGE]
         imports['allow_failed_imports'] = False
     return Config(content)
+
+
+def used_detector(model: nn.Module) -> nn.Module:
+    """What of a model is deployed: the one detector that predicts.
+
+    Of MMDetection's semi-supervised detectors that is the teacher, or the student if
+    `semi_test_cfg=dict(predict_on='student')` says so; of a student that learns from a
+    teacher (LD, LAD) the student alone.
+
+    Args:
+        model: Any model; left as it is.
+
+    Returns:
+        A detector that shares its parts with the model, or the model itself.
+    """
+    if 'SemiBaseDetector' in _names_of_bases(type(model)):
+        used = copy.copy(model.teacher if _predicts_on(model.semi_test_cfg) == 'teacher'
+                         else model.student)
+        own = model.data_preprocessor
+        used._modules = {**used._modules,
+                         'data_preprocessor': getattr(own, 'data_preprocessor', own)}
+        used.dataset_meta = getattr(model, 'dataset_meta', None)
+        return used
+    if _DISTILLED in _names_of_bases(type(model)):
+        used = copy.copy(model)
+        for name in ('teacher_model', 'eval_teacher'):
+            del used.__dict__[name]
+        used.__class__ = _without_teacher(type(model))
+        return used
+    return model
 
 
 def save_deployed(model: nn.Module, cfg: Config, folder: str | Path,
@@ -172,6 +215,38 @@ def require_safetensors() -> Callable[..., None]:
     except ImportError as error:
         raise ImportError('to write safetensors, install it: pip install safetensors') from error
     return save_file
+
+
+#: MMDetection's students that learn from a teacher, and predict without it.
+_DISTILLED = 'KnowledgeDistillationSingleStageDetector'
+
+
+def _used_detector_cfg(model: Any, registry: Registry) -> Any:
+    """The config of what `used_detector` takes."""
+    found = _found(model, registry)
+    names = _names_of_bases(found) if inspect.isclass(found) else ()
+    if 'SemiBaseDetector' in names:
+        own = (model.get('data_preprocessor') or {}).get('data_preprocessor')
+        return {**model['detector'], **({'data_preprocessor': own} if own else {})}
+    if _DISTILLED in names:
+        scope = ''.join(model['type'].rpartition('.')[:2]) if isinstance(model['type'], str) else ''
+        return {**{key: value for key, value in model.items()
+                   if not key.startswith('teacher_') and key != 'eval_teacher'},
+                'type': scope + _without_teacher(found).__name__}
+    return model
+
+
+def _names_of_bases(kind: type) -> list[str]:
+    return [base.__name__ for base in kind.__mro__]
+
+
+def _without_teacher(kind: type) -> type:
+    """What a student that learns from a teacher is derived from."""
+    return kind.__mro__[_names_of_bases(kind).index(_DISTILLED) + 1]
+
+
+def _predicts_on(semi_test_cfg: Mapping[str, Any] | None) -> str:
+    return (semi_test_cfg or {}).get('predict_on', 'teacher')
 
 
 def _model_registry() -> Registry:

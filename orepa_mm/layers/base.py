@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CheckpointError
-from . import scope
 from .constants import WithConstants
 from .generated import GeneratedKernel
-from .kept import KeptKernel, is_recorded
-from .precision import exact_products, has_float64
+from .precision import without_autocast
+from .sharing import _open, is_recorded, shared_kernel
 from .stock import conv2d_like
 
 #: Largest scale-relative error of a kernel that `set_kernel` takes for that kernel, at least;
@@ -22,27 +20,22 @@ from .stock import conv2d_like
 _KERNEL_TOLERANCE = 1e-5
 
 
-class ReparamConv2d(WithConstants, ABC):
+class ReparamConv2d(WithConstants, nn.Conv2d):
     """A 2-D convolution whose `weight` is generated from several branches.
 
-    It is called, printed and read as `torch.nn.Conv2d` is, and computes
-    `conv2d(x, weight) + bias`. It is no subclass of it, so that an
-    initialisation rule for `Conv2d` does not reach into its branches.
+    It is an `nn.Conv2d`, and computes `conv2d(x, weight) + bias`; but `weight` is
+    no parameter. Reading it squeezes the branches; what is written into it, or
+    assigned to it, goes into the branches by `set_kernel`. Code that walks over
+    convolutions and asks for more than that has to ask for this class first.
 
     A subclass creates its parameters and constants, calls `reset_parameters()`
     at the end of its `__init__`, and implements `squeeze`, `reset_branches`,
     `_reference` and, if any kernel can be put into it, `_change_kernel`.
 
-    In eval mode the kernel is generated once and kept as long as no gradient
-    can flow to the branches. It is generated anew after `train()` and `eval()`
-    (unless the layer is frozen), loading, moving to another device or dtype,
-    and any in-place change of a parameter. Otherwise it is generated at each
-    call, or once in a forward pass of the model, see `squeezed_once`. A write
-    through `parameter.data` changes nothing that could be seen without waiting
-    for the device: whoever writes so in eval mode, or in the middle of a forward
-    pass, calls `forget_kernel()`. (MMEngine's moving averages write so, but its
-    loops call `eval()` afterwards.) A CUDA graph that is captured in eval mode
-    holds the kernel that is kept then.
+    The kernel is squeezed at each call, in float32 at least, also under autocast; where
+    float32 products are allowed to be computed in TF32 or bfloat16, those of the
+    squeeze are too. A context `cached()` squeezes once; the forward pass of an MMEngine model
+    is one.
 
     Args:
         in_channels: `I`.
@@ -62,15 +55,9 @@ class ReparamConv2d(WithConstants, ABC):
             divisible by `groups`.
     """
 
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular']
-    bias: nn.Parameter | None
+    #: Whether a backward pass leaves the graph behind the kernel as it was, so that calls may
+    #: share it. The graph that PyTorch records is gone through once.
+    graph_is_reusable = False
 
     def __init__(
         self,
@@ -86,37 +73,23 @@ class ReparamConv2d(WithConstants, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         # The stock layer checks and normalises the arguments; it holds no memory.
-        geometry = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation,
-                             groups, bias, padding_mode, device='meta')  # type: ignore[arg-type]
-        height, width = geometry.kernel_size
+        stock = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation,
+                          groups, bias, padding_mode, device='meta')  # type: ignore[arg-type]
+        height, width = stock.kernel_size
         if height != width or height % 2 == 0:
             raise ValueError(f'{type(self).__name__} needs an odd square kernel, '
                              f'got kernel_size={kernel_size}')
-        for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation',
-                     'groups', 'padding_mode', 'transposed', 'output_padding',
-                     '_reversed_padding_repeated_twice'):
-            setattr(self, name, getattr(geometry, name))
+        nn.Module.__init__(self)  # not the stock layer's own, which would make a kernel
+        self.__dict__.update({name: value for name, value in vars(stock).items()
+                              if name not in self.__dict__})
+        self.__dict__['_parameters'] = _Parameters()
         self._factory_kwargs = {'device': device, 'dtype': dtype}
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, **self._factory_kwargs))
-        else:
-            self.register_parameter('bias', None)
-        self._kept: KeptKernel | None = None
-        #: Whether a backbone froze the stage of this layer: its kernel outlasts `train()`.
-        self.frozen = False
-        self._evaluates = False
-
-    #: Set by `nn.DataParallel`, whose replicas have no parameters.
-    _is_replica = False
-    extra_repr = nn.Conv2d.extra_repr
-    #: What MMEngine's and MMCV's conv-BN functions call with a kernel of their own.
-    _conv_forward: Any = nn.Conv2d._conv_forward
+        self.register_parameter('bias', nn.Parameter(
+            torch.empty(out_channels, **self._factory_kwargs)) if bias else None)
 
     # --- to be given by a subclass -------------------------------------------
 
-    @abstractmethod
     def squeeze(self, dtype: torch.dtype | None = None, device: torch.device | None = None
                 ) -> Tensor:
         """Generate the kernel from the branches.
@@ -128,10 +101,11 @@ class ReparamConv2d(WithConstants, ABC):
         Returns:
             Kernel of shape `(o, i, k, k)` in that type.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def reset_branches(self) -> None:
         """Draw the branch weights and set the scaling vectors anew."""
+        raise NotImplementedError
 
     def _change_kernel(self, change: Tensor) -> None:
         """Change the branches so that the kernel changes by this, as far as they can.
@@ -144,6 +118,16 @@ class ReparamConv2d(WithConstants, ABC):
         """
         raise TypeError(f'the kernel of a {type(self).__name__} cannot be set: it is no linear '
                         'function of its branches')
+
+    def _sources(self) -> list[Tensor]:
+        """All that the kernel is generated from; empty where tensors alone do not tell."""
+        modules = list(self.modules())
+        if any('parametrizations' in module._modules or module._forward_pre_hooks
+               for module in modules):
+            return []
+        return [tensor for module in modules
+                for tensors in (module._parameters, module._buffers)
+                for tensor in tensors.values() if tensor is not None]
 
     # --- as a convolution ----------------------------------------------------
 
@@ -176,25 +160,47 @@ class ReparamConv2d(WithConstants, ABC):
         this after its own rules, which shall stay.
         """
 
-    @property
-    def weight(self) -> Tensor:
-        """The generated kernel, `(o, i, k, k)`, in the dtype of the parameters.
-
-        Gradients flow through it. What is written into it, into a view of it, or
-        through `weight.data` goes into the branches, see `set_kernel`.
-        """
+    def _read_weight(self) -> Tensor:
         try:
-            kernel = self._kernel()
-            if is_recorded() or type(kernel) is not Tensor:
-                return kernel
-            # What is handed out may be written into: not a kernel that is kept. It is laid out
-            # as a stock kernel is, since random numbers come in the order of memory.
-            whole = (kernel.clone(memory_format=torch.contiguous_format)
-                     if self._kept or scope.is_open() else kernel.contiguous())
-            return whole if whole.is_inference() else GeneratedKernel.of(self, whole)
+            kernel = self._generate()
         except AttributeError as error:  # nn.Module would say that there is no weight
             raise RuntimeError(f'the kernel of this {type(self).__name__} cannot be generated: '
                                f'{error}') from error
+        if is_recorded() or type(kernel) is not Tensor or kernel.is_inference():
+            return kernel
+        # laid out as a stock kernel is, since random numbers come in the order of memory
+        return GeneratedKernel.of(self, kernel.contiguous())
+
+    def _write_weight(self, kernel: Tensor) -> None:
+        if not isinstance(kernel, Tensor):
+            raise TypeError(f'the weight of a {type(self).__name__} is generated: a kernel of '
+                            f'shape {self.kernel_shape} can be put into it, got {kernel!r}')
+        self.set_kernel(kernel)
+
+    #: The generated kernel, `(o, i, k, k)`, in the dtype of the parameters. Gradients flow
+    #: through it. What is assigned, or written into it, into a view of it, or through
+    #: `weight.data`, goes into the branches, see `set_kernel`.
+    weight: Any = property(_read_weight, _write_weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'weight':  # nn.Module does not ask properties
+            self._write_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module does; a `weight` goes into the branches.
+
+        Args:
+            name: Of the parameter.
+            param: Its value.
+        """
+        if isinstance(param, GeneratedKernel):  # prune, by the name of weight_orig
+            _refuse('weight')
+        if name == 'weight':
+            self._write_weight(param)  # type: ignore[arg-type]  # None is refused there
+        else:
+            super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve.
@@ -210,7 +216,17 @@ class ReparamConv2d(WithConstants, ABC):
                 raise TypeError(f'a {type(self).__name__} is one step of a traced graph: trace a '
                                 'module that contains it')
             return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
-        return self._conv_forward(x, self._kernel(), self.bias)
+        kernel = (self._generate() if torch.compiler.is_compiling() or not _open.contexts
+                  else shared_kernel(self))
+        return self._conv_forward(x, kernel, self.bias)
+
+    def _generate(self) -> Tensor:
+        """Squeeze in float32 at least, also under autocast; return in our own dtype."""
+        reference = self._reference()
+        # torch.promote_types would be counted, and cost, as an operation of each layer
+        dtype = torch.float64 if reference.dtype is torch.float64 else torch.float32
+        with without_autocast(reference.device):
+            return self.squeeze(dtype).to(reference.dtype)
 
     @torch.no_grad()
     def set_kernel(self, kernel: Tensor, bias: Tensor | None = None, *, strict: bool = True
@@ -265,8 +281,38 @@ class ReparamConv2d(WithConstants, ABC):
                 'stem is too narrow')
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
-        self.forget_kernel()
         return missed
+
+    @torch.no_grad()
+    def start_from(self, kernel: Tensor, bias: Tensor | None = None) -> float:
+        """Initialise all branches anew, so that the block generates a given kernel.
+
+        How the other branches start is the block's option `start`; by default
+        `zero`: each contributes nothing, and has a gradient.
+
+        Args:
+            kernel: `(o, i, k, k)`, any dtype and device.
+            bias: `(o,)`; None leaves the bias as it is.
+
+        Returns:
+            By how much the kernel is missed, as `set_kernel`: 0 in the dtype of the
+            branches, unless the start is `published` or the block is a stem.
+
+        Raises:
+            ValueError: As `set_kernel`. The layer is left as it was.
+            TypeError: As `set_kernel`.
+        """
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        try:
+            self._reset_to_start_from()
+            return self.set_kernel(kernel, bias)
+        except (TypeError, ValueError):
+            self.load_state_dict(before)
+            raise
+
+    def _reset_to_start_from(self) -> None:
+        """Initialise the branches around a kernel that is given next."""
+        self.reset_branches()
 
     # --- re-parameterization -------------------------------------------------
 
@@ -278,7 +324,7 @@ class ReparamConv2d(WithConstants, ABC):
             if the layer's device has no float64.
         """
         device = self._exact_device()
-        with torch.no_grad(), exact_products(device):
+        with torch.no_grad():
             bias = None if self.bias is None else self.bias.to(device).double()
             return self.squeeze(torch.float64, device), bias
 
@@ -308,39 +354,9 @@ class ReparamConv2d(WithConstants, ABC):
         raise RuntimeError(f'a {type(self).__name__} cannot re-parameterize itself in place: call '
                            'orepa_mm.reparameterize(model), which replaces every such layer')
 
-    # --- the kernel that is kept -----------------------------------------------
-
-    def forget_kernel(self) -> None:
-        """Generate the kernel anew at the next call.
-
-        For whoever writes into branches through `parameter.data` in eval mode, or in the
-        middle of a forward pass.
-        """
-        self._kept = None
-        scope.forget(self)
-
-    def train(self, mode: bool = True) -> ReparamConv2d:
-        """Set the mode as any module does; this forgets the kernel.
-
-        Moving averages, and teachers made of them, are written through `.data`
-        before they are evaluated. Only in a stage that its backbone froze the
-        kernel stays: training loops call `train()` at every iteration, the
-        backbone puts the stage back into eval mode, and nobody writes there.
-        Evaluation, which is `eval()` in eval mode, may be one of averages: it
-        squeezes anew, and so does the training after it.
-        """
-        evaluates = not mode and not self.training
-        if evaluates or self._evaluates or not self.frozen:
-            self.forget_kernel()
-        self._evaluates = evaluates
-        return super().train(mode)
-
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        self.forget_kernel()
-        return super()._apply(fn, *args, **kwargs)
+    # --- checkpoints -----------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.forget_kernel()
         key = f'{prefix}weight'
         if key in state_dict and not self.branch_keys(prefix) & state_dict.keys():
             if tuple(state_dict[key].shape) == self.kernel_shape:
@@ -361,39 +377,23 @@ class ReparamConv2d(WithConstants, ABC):
             args = local_metadata, strict, [], unexpected_keys, error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without a kept kernel."""
-        return {**self.__dict__, '_kept': None}
 
-    # --- generation ----------------------------------------------------------------
+class _Parameters(dict[str, 'nn.Parameter | None']):
+    """Parameters by name; says what to do where old utilities of PyTorch look for `weight`."""
 
-    def _kernel(self) -> Tensor:
-        """The kernel as the forward pass takes it: kept, if it may be."""
-        if is_recorded() or self._is_replica:
-            return self._generate()
-        if self.training or self._gradient_can_flow():
-            self._kept = None  # fused optimizers write without a trace
-            return scope.shared_kernel(self, self._generate)
-        if self._kept is not None and self._kept.holds_for(self):
-            return self._kept.kernel
-        # A tensor made in inference mode could not be used outside of it later.
-        with torch.inference_mode(False), torch.no_grad():
-            kernel = self._generate()
-        self._kept = KeptKernel.of(self, kernel)
-        return kernel
+    def __missing__(self, name: str) -> NoReturn:
+        _refuse(name)
 
-    def _generate(self) -> Tensor:
-        """Squeeze in float32 at least, also under autocast; return in our own dtype."""
-        reference = self._reference()
-        # torch.promote_types would be counted, and cost, as an operation of each layer
-        dtype = torch.float64 if reference.dtype is torch.float64 else torch.float32
-        with exact_products(reference.device):
-            kernel = self.squeeze(dtype)
-        return kernel.to(reference.dtype)
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            _refuse(name)
+        super().__delitem__(name)
 
-    def _gradient_can_flow(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
-    def _exact_device(self) -> torch.device:
-        device = self._reference().device
-        return device if has_float64(device) else torch.device('cpu')
+def _refuse(name: str) -> NoReturn:
+    if name == 'weight':
+        raise TypeError(
+            'the weight of this convolution is generated from branches, and is no parameter that '
+            'could be pruned, normalised or parametrized: take one of those that '
+            "named_parameters() lists, e.g. name='weight_orepa_origin', or a plain convolution")
+    raise KeyError(name)

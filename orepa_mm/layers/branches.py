@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .base import ReparamConv2d
+from .dbb import DBBConv2d
+from .orepa import Branched
 
 
-def branched_layers(model: nn.Module) -> Iterator[tuple[str, ReparamConv2d]]:
+def branched_layers(model: nn.Module) -> Iterator[tuple[str, Branched | DBBConv2d]]:
     """Every layer that tells its branches apart, by `branch_names` and `branch_kernels`.
 
     A stem is a chain, not a sum: the generators inside it are listed in its place.
@@ -22,7 +23,7 @@ def branched_layers(model: nn.Module) -> Iterator[tuple[str, ReparamConv2d]]:
         Name in the model and layer, in the model's order, once each.
     """
     for name, module in model.named_modules():
-        if isinstance(module, ReparamConv2d) and hasattr(module, 'branch_kernels'):
+        if isinstance(module, (Branched, DBBConv2d)):
             yield name, module
 
 

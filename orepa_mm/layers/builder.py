@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from mmcv.cnn import build_norm_layer
-from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.utils import _pair
 
-from .base import ReparamConv2d
 from .dbb import DBBConv2d
-from .orepa import OREPAConv1x1, OREPAConv2d, OREPARepVGGConv2d, _BranchedConv2d
-from .repvgg_online import OREPARepVGGOnlineConv2d
+from .orepa import (
+    Branched,
+    OREPAConv1x1,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    OREPARepVGGOnlineConv2d,
+)
 from .stem import OREPAStemConv2d
 
 #: Kernels from this size on are composed as a linear deep stem; DBB leaves them plain.
@@ -22,7 +25,6 @@ _BLOCKS = {'orepa': OREPAConv2d, 'repvgg': OREPARepVGGConv2d,
            'repvgg_online': OREPARepVGGOnlineConv2d}
 
 
-@MODELS.register_module(name='OREPA')
 def build_orepa_conv(
     in_channels: int,
     out_channels: int,
@@ -37,7 +39,7 @@ def build_orepa_conv(
     block: str = 'orepa',
     compile: bool = False,
     **kwargs: Any,
-) -> ReparamConv2d | nn.Conv2d:
+) -> nn.Conv2d:
     """Build the OREPA block for a convolution, chosen by kernel size as the authors do.
 
     1 x 1 gives `OREPAConv1x1`; 7 x 7 and larger the linear deep stem, unless it
@@ -61,7 +63,7 @@ def build_orepa_conv(
         compile: Whether to run the squeeze through `torch.compile`: the kernel, not
             the model. The same result, quicker; the first steps take longer.
         **kwargs: `padding_mode`, `device`, `dtype` as of `torch.nn.Conv2d`, and
-            the options of the blocks, which come from `conv_cfg`:
+            the options of the blocks, which come from `conv_cfg`: `start`,
             `single_init`, `init_hyper_gamma`, `init_hyper_para`.
 
     Returns:
@@ -84,10 +86,10 @@ def build_orepa_conv(
         raise ValueError(f"conv_cfg=dict(type='OREPA') needs odd square kernels, but a "
                          f'convolution with kernel_size={kernel_size} was asked for. Leave the '
                          'module that asks for it without this conv_cfg.')
-    kind: type[ReparamConv2d | nn.Conv2d]
+    kind: type[nn.Conv2d]
     if height == 1:
         if not pointwise:
-            for option in ('single_init', 'init_hyper_gamma', 'init_hyper_para'):
+            for option in ('start', 'single_init', 'init_hyper_gamma', 'init_hyper_para'):
                 kwargs.pop(option, None)
             kind = nn.Conv2d
         else:
@@ -99,20 +101,19 @@ def build_orepa_conv(
     layer = kind(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
                  **kwargs)
     for part in layer.modules():
-        if isinstance(part, _BranchedConv2d):
+        if isinstance(part, Branched):
             part.compiled = compile
     return layer
 
 
-@MODELS.register_module(name='DBB')
 def build_dbb_conv(
     in_channels: int,
     out_channels: int,
     kernel_size: int | tuple[int, int],
     *args: Any,
-    norm_cfg: dict[str, Any] | None = None,
+    norm_layer: Callable[[int], nn.Module] | None = None,
     **kwargs: Any,
-) -> DBBConv2d | nn.Conv2d:
+) -> nn.Conv2d:
     """Build the Diverse Branch Block for a convolution; 1 x 1 and stems stay plain, as published.
 
     Args:
@@ -120,7 +121,8 @@ def build_dbb_conv(
         out_channels: `o`.
         kernel_size: `k`, odd.
         *args: As of `torch.nn.Conv2d`.
-        norm_cfg: The BN of the branches, e.g. `dict(type='SyncBN')`.
+        norm_layer: Builds the BN of a branch from its channels. In a config it is
+            `norm_cfg=dict(type='SyncBN')`.
         **kwargs: As of `torch.nn.Conv2d`.
 
     Returns:
@@ -132,6 +134,4 @@ def build_dbb_conv(
     height, width = _pair(kernel_size)
     if height == width and (height == 1 or height >= STEM_KERNEL_SIZE):
         return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
-    if norm_cfg is not None:
-        kwargs['norm_layer'] = lambda channels: build_norm_layer(norm_cfg, channels)[1]
-    return DBBConv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+    return DBBConv2d(in_channels, out_channels, kernel_size, *args, norm_layer=norm_layer, **kwargs)

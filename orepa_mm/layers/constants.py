@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .precision import has_float64
 
 
 class WithConstants(nn.Module):
@@ -23,9 +23,14 @@ class WithConstants(nn.Module):
     #: `device` and `dtype` of the parameters.
     _factory_kwargs: dict[str, Any]
 
-    @abstractmethod
     def _reference(self) -> Tensor:
         """A branch parameter: its dtype and device are those of the layer."""
+        raise NotImplementedError
+
+    def _exact_device(self) -> torch.device:
+        """Where the squeeze in float64 runs: the CPU, if the device of the layer has none."""
+        device = self._reference().device
+        return device if has_float64(device) else torch.device('cpu')
 
     def _make_constants(self) -> dict[str, Tensor]:
         """The constants in float32, on the CPU, by name of their buffers."""

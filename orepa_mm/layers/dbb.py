@@ -18,7 +18,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from . import squeeze
 from .base import ReparamConv2d
 from .constants import WithConstants
-from .precision import exact_products
 
 
 class DBBConv2d(ReparamConv2d):
@@ -130,7 +129,7 @@ class DBBConv2d(ReparamConv2d):
     def reset_branches(self) -> None:
         """Initialise every layer of the branches as PyTorch does, the identity-based 1 x 1 at 0."""
         for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
+            if isinstance(layer, (_BranchConv2d, nn.modules.batchnorm._BatchNorm)):
                 layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,8 +162,7 @@ class DBBConv2d(ReparamConv2d):
     def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """The one convolution that this block equals in eval mode; see the base class."""
         device = self._exact_device()
-        with exact_products(device):
-            kernel, bias = self._squeeze_with_bias(torch.float64, device)
+        kernel, bias = self._squeeze_with_bias(torch.float64, device)
         return kernel, bias if self.bias is None else bias + self.bias.to(device).double()
 
     @torch.no_grad()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ..logs import log
+from .sharing import Sources
 
 if TYPE_CHECKING:
     from .base import ReparamConv2d
 
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]  # of the class, a descriptor
+# of the class, descriptors
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 class GeneratedKernel(Tensor):
@@ -23,36 +26,40 @@ class GeneratedKernel(Tensor):
     Stock code writes into `conv.weight`: rules of initialisation do, and blocks
     that re-parameterize themselves (`conv.weight.data = kernel`). Whatever
     writes, PyTorch's version counter tells; the layer's `set_kernel` is then
-    called with the whole kernel.
+    called with the kernel that is in memory now. A kernel that was read before the branches
+    changed takes no writes: they would bring the old branches back.
 
     Attributes:
         layer: What generated it.
-        whole: The kernel that was handed out, of which this is a view or all,
+        memory: The kernel that was handed out, of which this is a view or all,
             `(o, i, k, k)`; a plain tensor.
+        sources: What it was generated from, in a list that all views of it share.
     """
 
     layer: ReparamConv2d
-    whole: Tensor
+    memory: Tensor
+    sources: list[Sources | None]
 
     @staticmethod
-    def of(layer: ReparamConv2d, whole: Tensor, part: Tensor | None = None) -> GeneratedKernel:
+    def of(layer: ReparamConv2d, memory: Tensor) -> GeneratedKernel:
         """Hand out a kernel.
 
         Args:
             layer: What generated it.
-            whole: `(o, i, k, k)`; memory that is nobody else's.
-            part: A view of it; all of it by default.
+            memory: `(o, i, k, k)`; memory that is nobody else's.
         """
-        kernel = (whole if part is None else part).as_subclass(GeneratedKernel)
-        # not by an ordinary assignment, which is refused below
-        kernel.__dict__.update(layer=layer, whole=whole)
-        return kernel
+        return _handed_out(memory, layer, memory, [_sources(layer)])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == '_is_param':
             raise TypeError('a parameter cannot be made of a generated kernel itself: make it of a '
                             'copy, nn.Parameter(layer.weight.detach().clone())')
         super().__setattr__(name, value)
+
+    def set_(self, source: Tensor) -> GeneratedKernel:  # type: ignore[override]
+        """Take the values of another tensor, as by `.data`; PyTorch tells nobody of `set_`."""
+        self.data = source
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (),
@@ -65,46 +72,81 @@ class GeneratedKernel(Tensor):
                 _plain(args[0]).detach().copy_(_plain(args[1]))
                 _pass_on(args[0])
                 return None
+            if func in (_SET_REQUIRES_GRAD, Tensor.requires_grad_) and args[0] is kernels[0] and (
+                    kernels[0].__dict__.get('is_weight')):
+                return _require_grad(*args, **kwargs)
             versions = [kernel._version for kernel in kernels]
             args, kwargs = tree_map(_plain, (args, kwargs))
             result = func(*args, **kwargs)
             for kernel, version in zip(kernels, versions):
                 if kernel._version != version:
                     _pass_on(kernel)
-            return tree_map(lambda leaf: _tied(leaf, kernels), result)
+            if type(result) in (tuple, list):
+                return type(result)(_tied(item, kernels) for item in result)
+            return _tied(result, kernels)
+
+
+def _sources(layer: ReparamConv2d) -> Sources | None:
+    try:
+        return Sources(layer._sources())
+    except RuntimeError:  # they do not tell whether they change
+        return None
 
 
 def _plain(kernel: Any) -> Any:
     return kernel.as_subclass(Tensor) if isinstance(kernel, GeneratedKernel) else kernel
 
 
+def _handed_out(part: Tensor, layer: ReparamConv2d, memory: Tensor,
+                sources: list[Sources | None]) -> GeneratedKernel:
+    kernel = part.as_subclass(GeneratedKernel)
+    # not by an ordinary assignment, which is refused above
+    kernel.__dict__.update(layer=layer, memory=memory, sources=sources, is_weight=part is memory)
+    return kernel
+
+
+def _require_grad(kernel: GeneratedKernel, value: bool = True) -> GeneratedKernel:
+    """Of a stock weight: freezes it or lets it train. Of this one: all of its branches."""
+    for name, parameter in kernel.layer.named_parameters():
+        if name != 'bias':
+            parameter.requires_grad_(value)
+    return kernel
+
+
 def _pass_on(kernel: GeneratedKernel) -> None:
     """Put what is now in a kernel's memory into its layer."""
-    layer, whole = kernel.layer, kernel.whole.detach()
-    name = type(layer).__name__
-    if not whole.isfinite().all():
+    layer, memory = kernel.layer, kernel.memory.detach()
+    name, now = type(layer).__name__, _sources(layer)
+    read = kernel.sources[0]
+    if read is not None and now is not None and not read.are(now):
+        raise RuntimeError(
+            f'what was written into this kernel does not reach its {name}: it was read from '
+            'layer.weight before the branches changed. Read layer.weight again, or write into a '
+            'copy, layer.weight.detach().clone()')
+    if not memory.isfinite().all():
         # MMEngine's truncated normal has infinite values on its way
-        print_log(f'values that are not finite were written into the weight of a {name}: its '
-                  'branches stay as they are until finite ones follow', 'current', logging.WARNING)
+        log(f'values that are not finite were written into the weight of a {name}: its '
+            'branches stay as they are until finite ones follow', logging.WARNING)
         return
-    missed = layer.set_kernel(whole, strict=False)
-    if missed > max(1e-4, 8 * torch.finfo(whole.dtype).eps):
-        print_log(f'{name} cannot generate the kernel that was written into its weight: it misses '
-                  f'it by {missed:.1e} of its largest value', 'current', logging.WARNING)
+    missed = layer.set_kernel(memory, strict=False)
+    kernel.sources[0] = _sources(layer)
+    if missed > max(1e-4, 8 * torch.finfo(memory.dtype).eps):
+        log(f'{name} cannot generate the kernel that was written into its weight: it misses '
+            f'it by {missed:.1e} of its largest value', logging.WARNING)
 
 
 def _tied(result: Any, kernels: list[GeneratedKernel]) -> Any:
     """A view of a kernel as one that passes writes on; anything else as it is."""
-    if isinstance(result, np.ndarray):
-        result.flags.writeable = False  # nothing would tell of a write
     if type(result) is Tensor:
         for kernel in kernels:
-            if _storage(result) == _storage(kernel.whole) != 0:
-                return GeneratedKernel.of(kernel.layer, kernel.whole, result)
+            if _address(result) == _address(kernel.memory) != 0:
+                return _handed_out(result, kernel.layer, kernel.memory, kernel.sources)
+    elif kernels and hasattr(getattr(result, 'flags', None), 'writeable'):  # a NumPy array
+        result.flags.writeable = False  # nothing would tell of a write
     return result
 
 
-def _storage(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # tensors without storage

@@ -10,36 +10,18 @@ So no product of the forward pass is needed a second time.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .squeeze import identity_entries, scale_kernel, stacked_mixes, turn, turn_back
+from .squeeze import scale_kernel, stacked_mixes, turn, turn_back
 
 
 def orepa_kernel(
     grad: Tensor, *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
-    pointwise: Tensor | None, depthwise: Tensor, separable: Tensor, scales: Tensor,
-    windows: Tensor, identities: int = 1, groups: int = 1,
+    depthwise: Tensor, separable: Tensor, scales: Tensor, windows: Tensor,
+    pointwise: Tensor | None = None, identities: int = 1, groups: int = 1, identity: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of `squeeze.orepa_kernel`.
-
-    Args:
-        grad: Of the kernel, `(o, i, k, k)`.
-        origin: This and the following as of `squeeze.orepa_kernel`.
-        average: See there.
-        prior: See there.
-        first: See there.
-        second: See there.
-        pointwise: See there.
-        depthwise: See there.
-        separable: See there.
-        scales: See there.
-        windows: See there; no gradient.
-        identities: See there.
-        groups: See there.
-
-    Returns:
-        The gradients by name, each of the shape of its tensor.
-    """
+    """Gradients of `squeeze.orepa_kernel`, by the names of its tensors; none of `windows`."""
     out, i = origin.shape[:2]
     rows, area = windows.shape[1:]
     grad = grad.contiguous()
@@ -70,7 +52,7 @@ def orepa_kernel(
     by_separable = by_separable.transpose(0, 1).reshape(separable.shape)
     # its rows run with the group fastest, those of the kernel group by group
     of_separable = _row_dots(separable, by_separable).view(-1, groups).t().reshape(-1)
-    scale = scales[-1].view(groups, -1).t().reshape(-1)
+    scale = scales[5 if pointwise is not None else 4].view(groups, -1).t().reshape(-1)
     found['separable'] = _scaled_in_place(by_separable, scale)
 
     # scaled before they are turned: then a scale belongs to a long row
@@ -80,60 +62,18 @@ def orepa_kernel(
     found['depthwise'] = torch.bmm(branch.permute(1, 2, 0), seen).view(depthwise.shape)
 
     of_scales += [dots[:, 0], dots[:, 1], of_sequential, *dots[:, 3:].unbind(1), of_separable]
-    found['scales'] = torch.stack(of_scales)
-    return found
-
-
-def repvgg_online_kernel(
-    grad: Tensor, *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
-    pointwise: Tensor, depthwise: Tensor, separable: Tensor, scales: Tensor,
-    windows: Tensor, identities: int = 1, groups: int = 1,
-) -> dict[str, Tensor]:
-    """Gradients of `squeeze.repvgg_online_kernel`.
-
-    Args:
-        grad: Of the kernel, `(o, i, k, k)`.
-        origin: This and the following as of `squeeze.repvgg_online_kernel`.
-        average: See there.
-        prior: See there.
-        first: See there.
-        second: See there.
-        pointwise: See there.
-        depthwise: See there.
-        separable: See there.
-        scales: See there.
-        windows: See there; no gradient.
-        identities: See there.
-        groups: See there.
-
-    Returns:
-        The gradients by name, each of the shape of its tensor.
-    """
-    grad = grad.contiguous()
-    found = orepa_kernel(
-        grad, origin=origin, average=average, prior=prior, first=first, second=second,
-        pointwise=pointwise, depthwise=depthwise, separable=separable, scales=scales[:-1],
-        windows=windows, identities=identities, groups=groups)
-    of_identity = identity_entries(grad, groups).reshape(1, -1)
-    found['scales'] = torch.cat([found['scales'], of_identity])
+    if identity:
+        centres = grad.view(groups, i, i, area)[..., area // 2].diagonal(dim1=1, dim2=2)
+        of_scales.append(centres.reshape(-1))
+    of_rows = torch.stack(of_scales)
+    unread = len(scales) - len(of_scales)
+    found['scales'] = F.pad(of_rows, (0, 0, 0, unread)) if unread else of_rows
     return found
 
 
 def orepa_1x1_kernel(grad: Tensor, *, origin: Tensor, first: Tensor, second: Tensor,
                      scales: Tensor, groups: int = 1) -> dict[str, Tensor]:
-    """Gradients of `squeeze.orepa_1x1_kernel`.
-
-    Args:
-        grad: Of the kernel, `(o, i, 1, 1)`.
-        origin: This and the following as of `squeeze.orepa_1x1_kernel`.
-        first: See there.
-        second: See there.
-        scales: See there.
-        groups: See there.
-
-    Returns:
-        The gradients by name, each of the shape of its tensor.
-    """
+    """Gradients of `squeeze.orepa_1x1_kernel`, by the names of its tensors."""
     out, i = origin.shape[:2]
     grad = grad.contiguous()
     split = grad.view(groups, out // groups, i)

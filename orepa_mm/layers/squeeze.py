@@ -11,7 +11,6 @@ Source: Hu et al., "Online Convolutional Re-parameterization", CVPR 2022
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +96,8 @@ def branch_windows(out_channels: int, kernel_size: int, pointwise: bool) -> Tens
 
 def orepa_kernel(
     *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
-    pointwise: Tensor | None, depthwise: Tensor, separable: Tensor, scales: Tensor,
-    windows: Tensor, identities: int = 1, groups: int = 1,
+    depthwise: Tensor, separable: Tensor, scales: Tensor, windows: Tensor,
+    pointwise: Tensor | None = None, identities: int = 1, groups: int = 1, identity: bool = False,
 ) -> Tensor:
     """The kernel of an OREPA block: the sum of its branches, each with its scaling vector.
 
@@ -108,67 +107,48 @@ def orepa_kernel(
         prior: The 1 x 1 that the frequency prior follows, `(o, i, 1, 1)`.
         first: The 1 x 1 of the 1 x 1 then k x k branch, `(t, i, 1, 1)`.
         second: The k x k of that branch, `(o, t/g, k, k)`.
-        pointwise: The 1 x 1 branch, `(o, i, 1, 1)`; None in the block of RepVGG,
-            which has such a convolution beside it.
         depthwise: Of the depthwise-separable branch, `(e*I, 1, k, k)`.
         separable: The 1 x 1 of that branch, `(o, e*i, 1, 1)`. Its OUTPUT axis is
             `(o/g, g)` with the group running fastest, unlike that of an ordinary
             grouped convolution (and of the kernel); the authors' checkpoints need it.
         scales: Scaling vectors, one row per branch: origin, average, prior, 1 x 1
-            then k x k, pointwise if there is one, depthwise-separable; `(5 or 6, o)`.
+            then k x k, pointwise if there is one, depthwise-separable, identity if there is
+            one; `(5 to 7, o)`. A further row is not read.
         windows: See `branch_windows`, `(o, 4 or 2, k^2)`.
+        pointwise: The 1 x 1 branch, `(o, i, 1, 1)`; None in the block of RepVGG,
+            which has such a convolution beside it.
         identities: How many identity matrices, one below the other, are added to the
             rows of each group in `first`: `t / I`, or 0 if none is.
         groups: `g`.
+        identity: Whether the identity is a branch; `o = I`.
 
     Returns:
         Kernel of shape `(o, i, k, k)`.
     """
     out, i = origin.shape[:2]
     rows, area = windows.shape[1:]
-    kernel = scale_kernel(origin.contiguous(), scales[0])
+    kernel = origin.contiguous() * scales[0].view(-1, 1, 1, 1)
     bank = windows * scales[1:rows + 1].t().unsqueeze(-1)
     kernel.view(out, i, area).baddbmm_(
         stacked_mixes(average, prior, pointwise).permute(1, 2, 0), bank)
     turned = turn(second, groups)
-    sequential = with_identities(first.reshape(groups, -1, i).transpose(1, 2), turned, identities)
-    add_turned_back(kernel, sequential, scales[3])
+    factor = first.reshape(groups, -1, i).transpose(1, 2)
+    if identities == 0:
+        sequential = torch.bmm(factor, turned)
+    else:  # what the identities add: the sum of the parts that they copy
+        copied = turned if identities == 1 else turned.view(groups, identities, i, -1).sum(1)
+        sequential = torch.baddbmm(copied, factor, turned)
     channels = i * groups
     spatial = torch.bmm(separable.reshape(-1, channels, separable.shape[1] // i).transpose(0, 1),
                         depthwise.reshape(channels, -1, area))
-    add_turned_back(kernel, spatial.view(groups, i, -1), scales[-1])
-    return kernel
-
-
-def repvgg_online_kernel(
-    *, origin: Tensor, average: Tensor, prior: Tensor, first: Tensor, second: Tensor,
-    pointwise: Tensor, depthwise: Tensor, separable: Tensor, scales: Tensor,
-    windows: Tensor, identities: int = 1, groups: int = 1,
-) -> Tensor:
-    """The kernel of an OREPA block that has an identity among its branches.
-
-    Args:
-        origin: This and the following as of `orepa_kernel`; `o = I`.
-        average: See there.
-        prior: See there.
-        first: See there.
-        second: See there.
-        pointwise: See there; not None.
-        depthwise: See there.
-        separable: See there.
-        scales: See there, with a row for the identity at the end; `(7, o)`.
-        windows: See there.
-        identities: See there.
-        groups: See there.
-
-    Returns:
-        Kernel of shape `(o, i, k, k)`.
-    """
-    kernel = orepa_kernel(
-        origin=origin, average=average, prior=prior, first=first, second=second,
-        pointwise=pointwise, depthwise=depthwise, separable=separable, scales=scales[:-1],
-        windows=windows, identities=identities, groups=groups)
-    identity_entries(kernel, groups).add_(scales[-1].view(groups, -1))
+    last = 5 if pointwise is not None else 4
+    shape = groups, i, out // groups, area
+    for matrix, scale in ((sequential, scales[3]), (spatial, scales[last])):
+        kernel.view(groups, out // groups, i, area).addcmul_(
+            matrix.view(shape).transpose(1, 2), scale.reshape(groups, -1, 1, 1))
+    if identity:
+        centres = kernel.view(groups, i, i, area)[..., area // 2].diagonal(dim1=1, dim2=2)
+        centres.add_(scales[last + 1].view(groups, -1))
     return kernel
 
 
@@ -194,19 +174,19 @@ def orepa_1x1_kernel(*, origin: Tensor, first: Tensor, second: Tensor, scales: T
     return kernel
 
 
-def stem_kernel(kernels: Sequence[Tensor]) -> Tensor:
+def stem_kernel(**kernels: Tensor) -> Tensor:
     """The kernel of the linear deep stem: a chain of 3 x 3 kernels as one large kernel.
 
     The composition is a cross-correlation in weight space, without a flip, so
     it is the definition of the stem and not a stack of three layers.
 
     Args:
-        kernels: `n` kernels, the first `(o, I, 3, 3)`, the others `(o, o, 3, 3)`.
+        **kernels: `n` kernels in order, the first `(o, I, 3, 3)`, the others `(o, o, 3, 3)`.
 
     Returns:
         Kernel of shape `(o, I, k, k)`, where `k = 2 n + 1`.
     """
-    first, *others = kernels
+    first, *others = kernels.values()
     composed = first.transpose(0, 1)
     for step, kernel in enumerate(others, 1):
         size = 3 + 2 * step  # counted: to a tracer the size of a tensor is a tensor
@@ -274,21 +254,6 @@ def scale_kernel(kernel: Tensor, scale: Tensor) -> Tensor:
     return kernel * scale.view(-1, 1, 1, 1)
 
 
-def identity_entries(kernel: Tensor, groups: int) -> Tensor:
-    """Where a kernel has its ones if it copies every channel: the centres of a diagonal.
-
-    Args:
-        kernel: `(o, o/g, k, k)`, contiguous; `k` is odd.
-        groups: `g`.
-
-    Returns:
-        A view, `(g, o/g)`: output channels in their order.
-    """
-    channels, area = kernel.shape[1], kernel.shape[2] * kernel.shape[3]
-    grouped = kernel.view(groups, channels, channels, area)
-    return grouped[..., area // 2].diagonal(dim1=1, dim2=2)
-
-
 def stacked_mixes(average: Tensor, prior: Tensor, pointwise: Tensor | None) -> Tensor:
     """The 1 x 1 kernels in front of `branch_windows`, `(n, o, i)`.
 
@@ -326,39 +291,6 @@ def turn_back(matrix: Tensor, like: Tensor) -> Tensor:
     groups, channels = matrix.shape[:2]
     split = matrix.view(groups, channels, like.shape[0] // groups, -1)
     return split.transpose(1, 2).contiguous().view(like.shape)
-
-
-def add_turned_back(kernel: Tensor, matrix: Tensor, scale: Tensor) -> None:
-    """Add a turned kernel to another one in place, each output channel scaled.
-
-    Args:
-        kernel: `(o, c, k, k)`, contiguous.
-        matrix: As from `turn`, `(g, c, o/g * k^2)`.
-        scale: `(o,)`.
-    """
-    groups, channels = matrix.shape[:2]
-    shape = groups, channels, kernel.shape[0] // groups, kernel.shape[2] * kernel.shape[3]
-    kernel.view(groups, shape[2], channels, shape[3]).addcmul_(
-        matrix.view(shape).transpose(1, 2), scale.reshape(groups, -1, 1, 1))
-
-
-def with_identities(factor: Tensor, matrix: Tensor, identities: int) -> Tensor:
-    """Product of a factor, to which identity matrices side by side are added, and a matrix.
-
-    Args:
-        factor: `(g, m, n m)`, or of any width if there is no identity.
-        matrix: `(g, n m, c)`.
-        identities: `n`, or 0.
-
-    Returns:
-        `(g, m, c)`.
-    """
-    if identities == 0:
-        return torch.bmm(factor, matrix)
-    added = matrix
-    if identities > 1:
-        added = matrix.view(matrix.shape[0], identities, -1, matrix.shape[2]).sum(1)
-    return torch.baddbmm(added, factor, matrix)
 
 
 def squeeze_sequential(pointwise: Tensor, conv: Tensor, groups: int = 1) -> Tensor:

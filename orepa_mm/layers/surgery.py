@@ -36,19 +36,6 @@ def reparam_layers(model: nn.Module) -> Iterator[ReparamConv2d]:
     return walk(model)
 
 
-def forget_kernels(model: nn.Module) -> None:
-    """Let every layer that generates its kernel squeeze it anew at the next call.
-
-    For whoever writes into branches through `parameter.data` in eval mode.
-    `model.eval()` does so as well, but not in frozen layers.
-
-    Args:
-        model: Any module.
-    """
-    for layer in reparam_layers(model):
-        layer.forget_kernel()
-
-
 def replace_with_conv2d(model: nn.Module) -> nn.Module:
     """Replace every `ReparamConv2d` by the convolution it equals, in place.
 

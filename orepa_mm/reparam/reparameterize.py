@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import sys
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
 
-import torch
-from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..backbones import ReparamBackboneMixin
-from ..errors import NothingToConvertError
-from ..layers import ReparamConv2d, adjacent_children, reparam_layers, replace_with_conv2d
-from ..layers.precision import has_float64
-from .fold import fold_batch_norm, follows
+from ..errors import NothingToConvertError, shortened
+from ..layers import reparam_layers
+from ..logs import log
+from .convolutions import convolutions, layers_by_name, put_convolutions
+from .copies import own_copy, replaced
+from .fold import fold_batch_norm
+from .foreign import convert, is_ours, protocol
 
 
 def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = False) -> nn.Module:
     """Replace every layer that generates its kernel by the convolution it equals.
 
-    Kernels are squeezed in float64. Blocks of other packages that know how to
-    re-parameterize themselves (`switch_to_deploy`) do so as well. Dtype,
-    device, memory format, training flag and `requires_grad` are kept. A model
+    Kernels are squeezed in float64. Dtype, device, memory format, training flag,
+    `requires_grad` of kernel and bias, tied kernels, attributes that others set
+    and hooks are kept; plain lists that hold a layer hold its convolution. A model
     that is already in deploy form is returned as it is (folded, if that is asked
     for). Wrappers of `torch.compile` and of distributed training are taken off:
     they belong to the layers that are gone.
 
+    Blocks of other packages that know how to re-parameterize themselves do so as
+    well (see `orepa_mm.reparam.foreign.PROTOCOLS`), the outer ones first. Each is
+    run before and after on random input: one that would compute another function
+    stays as it is, and the log names it.
+
     Args:
         model: Any module; it may be such a layer itself, or wrapped.
-        inplace: Change the given model. Otherwise a deep copy is changed.
+        inplace: Change the given model. Otherwise a copy is changed, which calls
+            nothing of the model, in closures and hooks neither.
         fold_bn: Fold every BN into the convolution before it as well, see
             `fold_batch_norm`.
 
@@ -44,7 +48,9 @@ def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = Fals
     Raises:
         NothingToConvertError: If there is nothing to convert and the model was
             not converted before either. It is a `ValueError`.
-        ValueError: If the parameters are sharded (FSDP).
+        ValueError: If the parameters are sharded (FSDP), or a hook or a method of
+            its own changes what a layer gives, which no convolution does. The
+            model is left as it was.
 
     Example:
         >>> from torch import nn
@@ -52,14 +58,15 @@ def reparameterize(model: nn.Module, inplace: bool = False, fold_bn: bool = Fals
         >>> reparameterize(nn.Sequential(OREPAConv2d(3, 8, 3, padding=1)))[0]
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
-    model, done = converted(model, inplace, fold_bn)
-    print_log(', '.join(done) or f'{type(model).__name__} was re-parameterized before: left as '
-              'it is', logger='current', level=logging.INFO)
+    model, done, left = converted(model, inplace, fold_bn)
+    log(', '.join(done) or f'{type(model).__name__} was re-parameterized before: left as it is')
+    for line in left:
+        log(line, logging.WARNING)
     return model
 
 
 def converted(model: nn.Module, inplace: bool = False, fold_bn: bool = False
-              ) -> tuple[nn.Module, list[str]]:
+              ) -> tuple[nn.Module, list[str], list[str]]:
     """Re-parameterize without a word; see `reparameterize`.
 
     Args:
@@ -68,49 +75,75 @@ def converted(model: nn.Module, inplace: bool = False, fold_bn: bool = False
         fold_bn: See `reparameterize`.
 
     Returns:
-        The model in deploy form, and what was done to it, a line each.
+        The model in deploy form, what was done to it, and what was left or not
+        proven, a line each.
     """
     model = unwrapped(model)
     _refuse_sharded(model)
-    counts = Counter(type(layer).__name__ for layer in reparam_layers(model))
-    others = list(_foreign_blocks(model))
-    if not counts and not others and not any(map(_is_converted, model.modules())):
+    layers = layers_by_name(model)
+    if not layers and not any(protocol(module) or _was_converted(module)
+                              for module in model.modules()):
         raise NothingToConvertError(
             f'{type(model).__name__} has no OREPA or DBB layer: there is nothing to '
             "re-parameterize. Was it built with conv_cfg=dict(type='OREPA') or an OREPA "
             'backbone?')
-    if not inplace:
-        model = _copy_without_branches(model)
+    # what sums kernels itself does so in float64, from the branches; our backbones do not
+    summed = {layer for block in model.modules()
+              if protocol(block) and not hasattr(block, 'stock_type')
+              for layer in reparam_layers(block)}
+    if inplace:
+        convolutions(layers)  # or it is refused, before anything is changed
+        model = put_convolutions(model, but=summed)
+    else:
+        convs = convolutions(layers)
+        model = own_copy(model, {layer: conv for layer, conv in convs.items()
+                                 if layer not in summed})
     _unwrap_inside(model)
-    if counts:
-        for module in list(model.modules()):
-            if isinstance(module, ReparamBackboneMixin):
-                module.switch_to_deploy()  # it may have more to fuse than its layers
-        model = replace_with_conv2d(model)
-        _bias_into_norm(model)
-    for block in list(_foreign_blocks(model)):
-        _switch_foreign(block)
+    model, blocks, left = _blocks_converted(model)
+    model = put_convolutions(model)
     folded = fold_batch_norm(model) if fold_bn else 0
-    done = [f're-parameterized {n} {name}' for name, n in counts.items()]
-    done += [f'{n} {name} by its own switch_to_deploy()' for name, n in Counter(
-        type(block).__name__ for block in others).items()]
+    done = [f're-parameterized {n} {name}' for name, n in Counter(
+        type(layer).__name__ for layer in layers).items()]
+    done += [f'{n} {name}()' for name, n in blocks.items()]
     if folded:
         done.append(f'folded {folded} BN')
-    return model, done
+    return model, done, left
 
 
-def _copy_without_branches(model: nn.Module) -> nn.Module:
-    """A deep copy with convolutions in place of layers, which saves memory and time.
+def _blocks_converted(model: nn.Module) -> tuple[nn.Module, Counter[str], list[str]]:
+    """Let all blocks convert themselves that know how, the outer ones first, in place.
 
-    Layers of a block that re-parameterizes itself stay: it sums their kernels in float64.
-    So do those whose convolution gains a bias, which a BN may take over.
+    Returns:
+        The model, or what comes in its own place; how many by which method; and which
+        were left or not proven, with the reason, a line each.
     """
-    of_blocks = {layer for block in model.modules() if hasattr(block, 'switch_to_deploy')
-                 and not isinstance(block, (ReparamConv2d, ReparamBackboneMixin))
-                 for layer in reparam_layers(block)}
-    convs = {id(layer): layer.to_conv2d() for layer in reparam_layers(model)
-             if layer not in of_blocks}
-    return copy.deepcopy(model, {key: conv for key, conv in convs.items() if not conv.gained_bias})
+    done: Counter[str] = Counter()
+    left: dict[str, list[str]] = {}
+    others: dict[nn.Module, nn.Module] = {}
+
+    def visit(block: nn.Module, name: str) -> nn.Module:
+        if block in others:
+            return others[block]
+        others[block] = block
+        kind, method = type(block).__name__, protocol(block)
+        if method and is_ours(block):
+            getattr(block, method)()
+        elif method:
+            after, why = convert(block)
+            if why:
+                state = 'stays as it is' if after is None else 'was converted, but not compared'
+                left.setdefault(f'({kind}) {state}: {why}', []).append(name or 'itself')
+            if after is not None:
+                done[f'{kind} by its own {method}'] += 1
+                others[block] = block = after
+        for key, child in list(block._modules.items()):
+            if child is not None:
+                block._modules[key] = visit(child, f'{name}.{key}' if name else key)
+        return block
+
+    model = visit(model, '')
+    model = replaced(model, others)  # in plain lists as well
+    return model, done, [f'{shortened(names)} {why}' for why, names in left.items()]
 
 
 def is_training_form(model: nn.Module) -> bool:
@@ -136,7 +169,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise _sharded(model)
         if hasattr(model, '_orig_mod'):  # torch.compile
             model = model.get_submodule('_orig_mod')
-        elif is_model_wrapper(model):
+        elif _is_wrapper(model):
             model = model.get_submodule('module')
         else:
             return model
@@ -154,65 +187,11 @@ def _sharded(module: nn.Module) -> ValueError:
                       'load its full state dict into the bare model first')
 
 
-def _foreign_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules of other packages that re-parameterize themselves and did not yet, inner ones first.
-
-    A block inside has `requires_grad` of its own to keep.
-    """
-    if isinstance(model, ReparamConv2d):
-        return
-    for child in model.children():
-        yield from _foreign_blocks(child)
-    ours = type(model).__module__.partition('.')[0] == __name__.partition('.')[0]
-    done = getattr(model, 'deploy', False) or getattr(model, '_is_switching', False)
-    if callable(getattr(model, 'switch_to_deploy', None)) and not (ours or done):
-        yield model
-
-
-@torch.no_grad()
-def _switch_foreign(block: Any) -> None:
-    """Let a block re-parameterize itself, in float64; what it forgets is kept.
-
-    The methods of OpenMMLab's blocks forget the training flag and `requires_grad`.
-    """
-    states = {parameter: parameter.requires_grad for parameter in block.parameters()}
-    reference, training = next(iter(states), None), block.training
-    dtype = reference.dtype if reference is not None and has_float64(reference.device) else None
-    trainable = any(states.values())
-    try:
-        block._is_switching = True  # its method may call `reparameterize`
-        if dtype is not None:
-            block.double()
-        block.switch_to_deploy()
-    except AssertionError as error:  # of a norm that they do not know
-        raise ValueError(f'{type(block).__name__} cannot re-parameterize itself: {error}'
-                         ) from error
-    finally:
-        del block._is_switching
-        if dtype is not None:
-            block.to(dtype)
-    for parameter in block.parameters():
-        parameter.requires_grad_(states.get(parameter, trainable))
-    block.train(training)
-
-
-def _bias_into_norm(model: nn.Module) -> None:
-    """Move a bias that a block brought along into the BN behind it, which the stock model has.
-
-    A stock convolution before a BN has no bias. BN takes the mean away, so that
-    a bias before it is one in its running mean.
-    """
-    uses = Counter(child for module in model.modules()
-                   for child in module._modules.values() if child is not None)
-    norms: dict[nn.Module, list[nn.Module]] = {}
-    for parent, _, conv, _, norm in adjacent_children(model):
-        if getattr(conv, 'gained_bias', False) and follows(parent, conv, norm):
-            norms.setdefault(conv, []).append(norm)
-    for conv, behind in norms.items():
-        if conv.bias is not None and len(behind) == uses[conv]:  # else some use has no BN
-            for norm in dict.fromkeys(behind):
-                norm.get_buffer('running_mean').data.sub_(conv.get_parameter('bias').detach())
-            conv.register_parameter('bias', None)
+def _is_wrapper(model: nn.Module) -> bool:
+    """Whether a model is wrapped for distributed training, as PyTorch or MMEngine do."""
+    engine = sys.modules.get('mmengine.model')
+    return isinstance(model, (DataParallel, DistributedDataParallel)) or (
+        engine is not None and engine.is_model_wrapper(model))
 
 
 def _unwrap_inside(model: nn.Module) -> None:
@@ -229,8 +208,7 @@ def _unwrap_inside(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-def _is_converted(module: nn.Module) -> bool:
+def _was_converted(module: nn.Module) -> bool:
     """Whether this module came out of a re-parameterization or was built deployed."""
-    if isinstance(module, ReparamBackboneMixin):
-        return module.deploy
-    return getattr(module, 'reparameterized', False)
+    return getattr(module, 'reparameterized', False) or (
+        hasattr(module, 'stock_type') and getattr(module, 'deploy', False) is True)

@@ -12,23 +12,19 @@ from torch.overrides import TorchFunctionMode
 class SameSelection(TorchFunctionMode):
     """Let a model select by score what another form of it selected.
 
-    A DETR in two stages takes the places of the highest scores as queries. Scores that differ by
-    rounding may come in another order, and then all that follows belongs to other places. As a
-    context around a model it notes the indices that `torch.topk` gives; given what such a context
-    noted, it takes these, with the values that the model itself has there. The scores are to be
-    compared as any other output.
+    A DETR in two stages takes the places of the highest scores as queries; scores that differ by
+    rounding may come in another order. As a context around a model it notes the indices that
+    `torch.topk` gives; given what such a context noted, it takes these, with the values that the
+    model itself has there. The scores are to be compared as any other output.
 
     Args:
         before: Around the form whose selection is taken; None for that form itself.
-
-    Attributes:
-        indices: Of each call, in order.
-        scores: What was selected from, of each call.
     """
 
     def __init__(self, before: SameSelection | None = None) -> None:
         super().__init__()
         self.before = before
+        #: Of each call, in order: what was selected, and from what.
         self.indices: list[Tensor] = []
         self.scores: list[Tensor] = []
 

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from ..analysis.measure import (
     count_multiply_adds,
     count_parameters,
-    forget_kernels,
     measure_latency,
 )
 from ..backbones.registration import PACKAGES
@@ -43,7 +42,7 @@ from ..export.onnx import (
     export_onnx,
     require_onnx,
 )
-from ..export.stock import deploy_config, require_safetensors, save_deployed
+from ..export.stock import deploy_config, require_safetensors, save_deployed, used_detector
 from ..files import folder_written_whole
 from ..layers.precision import exact_float32
 from ..reparam import is_training_form, reparameterize
@@ -127,7 +126,7 @@ def reparameterize_checkpoint(
     cfg = without_reparam_test(cfg)  # it would test the deployed form in place of the training form
     deployed_cfg = deploy_config(cfg, form)
     runner = build_test_runner(with_tta(cfg) if tta else cfg, checkpoint)
-    before = bare_model(runner)
+    before = used_detector(bare_model(runner))
     before.eval()
     if not is_training_form(before):
         _require_training_form(before, checkpoint)
@@ -357,17 +356,12 @@ def _costs(before: nn.Module, after: nn.Module, batch: dict, rounds: int) -> dic
     def predict(model: nn.Module) -> object:
         return model(batch['inputs'], samples, mode='predict')
 
-    def squeeze_and_predict(model: nn.Module) -> object:
-        forget_kernels(model)
-        return predict(model)
-
     multiply_adds = {
-        form: count_multiply_adds(lambda model=model: squeeze_and_predict(model))
+        form: count_multiply_adds(lambda model=model: predict(model))
         for form, model in zip(FORMS, (before, after))
     }
     with torch.no_grad():
         latency = measure_latency({'training': lambda: predict(before),
-                                   'deployed': lambda: predict(after),
-                                   'squeezing': lambda: squeeze_and_predict(before)}, rounds)
+                                   'deployed': lambda: predict(after)}, rounds)
     return {'multiply_adds': multiply_adds, 'latency_ms': latency,
             'input_shape': list(batch['inputs'].shape)}

@@ -74,16 +74,13 @@ def first_images(loader: DataLoader, model: nn.Module, count: int) -> list[dict]
 
 
 def largest_differences(verification: VerificationReport) -> dict[str, float]:
-    """The largest error of the raw outputs: in each dtype, and by rounding of what is stored.
+    """The largest error of the raw outputs, in float32, and that of a stored tensor.
 
     Args:
         verification: How two forms compare.
     """
-    largest = {dtype: verification.largest(dtype).error
-               for dtype in sorted({error.dtype for error in verification.errors})}
-    if verification.rounding:
-        largest['rounding'] = max(error.error for error in verification.rounding)
-    return largest
+    found = {'float32': verification.errors, 'tensors': verification.tensors}
+    return {kind: max(error.error for error in errors) for kind, errors in found.items() if errors}
 
 
 def machine_of(model: nn.Module) -> dict[str, Any]:

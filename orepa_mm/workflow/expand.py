@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,12 @@ from ..checkpoints import load_checkpoint, load_weights, model_state_dict
 from ..checkpoints.forms import is_branch_key
 from ..errors import CheckpointError, ConfigError, NothingToConvertError, VerificationError
 from ..export.checkpoint import load_plain_weights
-from ..export.stock import deploy_config
+from ..export.stock import deploy_config, used_detector
 from ..files import written_whole
-from ..reparam import is_training_form
-from ..reparam.layer_check import layers_with_branches
-from ..reparam.raw_outputs import scale_relative_error
-from ..reparam.verification_report import OutputError
-from ..reparam.verify import ALONE, VerificationReport, verify
+from ..reparam import VerificationReport, is_training_form, verify
+from ..reparam.verify import layers_with_branches
 from .evidence import built_model, checkpoint_meta, first_images, largest_differences
 
-#: Largest scale-relative error of a kernel that a block generates in place of a plain one, and of
-#: its output: that of `set_kernel`. A kernel that is much smaller than the other branches is
-#: what is left of their cancellation.
-KERNEL_TOLERANCE = 1e-5
 #: Height and width of the noise that stands for images, in pixels.
 _NOISE_SIZE = 224
 
@@ -86,7 +79,7 @@ def expand_checkpoint(cfg: Config, checkpoint: str | Path, out: str | Path, *,
         raise NothingToConvertError(
             "the config's model has nothing to expand into. Give the config of the training to "
             "come, e.g. with backbone=dict(type='OREPAResNet', ...) or conv_cfg=dict(type='OREPA')")
-    _require_plain(model, model_state_dict(source), checkpoint)
+    _require_plain(used_detector(model), model_state_dict(source), checkpoint)
     load_weights(plain, checkpoint)
     expanded = load_plain_weights(model, plain.state_dict(), str(checkpoint))
     dataset_meta = (source.get('meta') or {}).get('dataset_meta')
@@ -95,9 +88,10 @@ def expand_checkpoint(cfg: Config, checkpoint: str | Path, out: str | Path, *,
     for form in (model, plain):
         form.to(get_device())
         form.eval()  # a statement of its own: not every backbone's train() returns itself
+    used = used_detector(model)
     loader = _test_loader(cfg) if images else None
-    batches = first_images(loader, model, num_images) if images else [_noise(model)]
-    verification = _verified(model, plain, batches)
+    batches = first_images(loader, used, num_images) if images else [_noise(model)]
+    verification = verify(used, plain, batches)
     if not verification.passed:
         raise VerificationError('the expanded model does not compute the same function, nothing '
                                 f'was saved.\n{verification.explain()}')
@@ -112,7 +106,7 @@ def expand_checkpoint(cfg: Config, checkpoint: str | Path, out: str | Path, *,
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     with written_whole(out) as path:
         torch.save({'meta': meta, 'state_dict': state}, path)
-    copied = len(state.keys() & plain.state_dict().keys())
+    copied = len(used.state_dict().keys() & plain.state_dict().keys())
     return Expansion(expanded, copied, verification, meta)
 
 
@@ -152,26 +146,3 @@ def _noise(model: nn.Module) -> dict[str, Any]:
     shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
     samples = [BaseDataElement(metainfo={**shapes, 'scale_factor': (1.0, 1.0)}) for _ in inputs]
     return {'inputs': inputs.to(next(model.parameters()).device), 'data_samples': samples}
-
-
-def _verified(model: nn.Module, plain: nn.Module, batches: list[dict]) -> VerificationReport:
-    """`verify`, with a block's kernel and output held to what `set_kernel` promises.
-
-    There a kernel is compared by output channel, as it is rounded from float64.
-    A channel that a block generates is as exact as its branches: where these
-    cancel, it is off by their rounding.
-    """
-    found = verify(model, plain, batches)
-    blocks = layers_with_branches(model)
-    kernels = {f'{name}.weight': scale_relative_error(
-        plain.get_submodule(name).weight, block.equivalent_kernel_bias()[0])
-        for name, block in blocks.items()}
-    held = {*kernels, *(name + ALONE for name in blocks)}
-    layers = tuple(OutputError(error.name, error.dtype, kernels.get(error.name, error.error),
-                               KERNEL_TOLERANCE) if error.name in held else error
-                   for error in found.layers)
-    first = next((error.name.removesuffix(ALONE).removesuffix('.weight') for error in layers
-                  if not error.passed), None)
-    if first is None and found.first_difference not in blocks:
-        first = found.first_difference
-    return replace(found, layers=layers, first_difference=first)

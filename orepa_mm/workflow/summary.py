@@ -15,8 +15,11 @@ from .quantization_report import quantization_table
 #: The columns: what a number of the report is of.
 FORMS = ('training', 'deployed')
 #: What the largest differences are called.
-_KINDS = {'float32': 'float32', 'float64': 'float64, kernels not rounded',
-          'rounding': 'by rounding of the kernels'}
+_KINDS = {'float32': 'largest relative output difference, float32',
+          'tensors': 'largest relative difference of a tensor, to the float64 squeeze',
+          # of reports that version 0.2.0 wrote
+          'float64': 'largest relative output difference, float64, kernels not rounded',
+          'rounding': 'largest relative output difference, by rounding of the kernels'}
 
 
 def print_report(report: dict[str, Any], folder: str | Path) -> None:
@@ -85,16 +88,12 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
                                     ('latency, median (ms)', 'latency_ms', 1, 1)):
         if key in report:  # nothing runs without a test image
             rows.append((name, *(f'{report[key][form] / unit:.{digits}f}' for form in FORMS)))
-    if 'latency_ms' in report:
-        rows.append(('latency with kernels squeezed at every call (ms)',
-                     f'{report["latency_ms"]["squeezing"]:.1f}', ''))
     for kind, error in report['largest_difference'].items():
-        rows.append((f'largest relative output difference, {_KINDS[kind]}', '', f'{error:.1e}'))
-    layers = report['verification']['layers']
-    if layers['compared']:
-        agreed = layers['compared'] - len(layers['failed'])
-        rows.append(('tensors and layers that agree on their own', '',
-                     f'{agreed} of {layers["compared"]}'))
+        rows.append((_KINDS[kind], '', f'{error:.1e}'))
+    tensors = report['verification'].get('tensors') or report['verification']['layers']
+    if tensors['compared']:
+        agreed = tensors['compared'] - len(tensors['failed'])
+        rows.append(('tensors that agree', '', f'{agreed} of {tensors["compared"]}'))
     if 'onnx' in report:
         rows.append(('the same of ONNX Runtime to PyTorch, float32', '',
                      f'{report["onnx"]["largest"]:.1e}'))

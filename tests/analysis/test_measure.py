@@ -117,37 +117,16 @@ def test_median_percentile_and_ratio():
     assert paired_ratio([10, 20, 20], [10, 10, 20]) == 1
 
 
-def test_kernels_are_kept_or_squeezed_at_every_call():
+def test_every_call_squeezes():
     model = nn.Sequential(OREPAConv2d(2, 4, 3, padding=1, bias=False)).eval()
-    model.requires_grad_(False)  # eval() alone does not make a frozen layer squeeze again
     x = torch.ones(1, 2, 8, 8)
-    counts = {}
-    for name, keep in (('kept', True), ('squeezed', False)):
-        with mock.patch.object(OREPAConv2d, 'squeeze', autospec=True,
-                               side_effect=OREPAConv2d.squeeze) as squeeze:
-            cost = measure_forms({name: Form(model, keep)}, lambda form: form(x), x, rounds=4,
-                                 warmup=2)[name]
-        counts[name] = squeeze.call_count
-        assert len(cost.latencies_ms) == 4
-        assert cost.parameters == sum(p.numel() for p in model.parameters())
-        squeezed = cost.multiply_adds - 4 * 64 * 2 * 9  # beside the convolution itself
-        assert (squeezed == 0) == keep
-        # weights, input, output, and the kept kernel at the least
-        assert cost.peak_bytes >= count_tensor_bytes(model) + 4 * (2 * 64 + 4 * 64 + 4 * 18)
-    assert counts['kept'] == 2  # anew only before operations and before memory are counted
-    assert counts['squeezed'] == 3 + 6
-
-
-def test_kept_kernels_take_memory_while_activations_are_large():
-    """A kernel of a late layer lies there in an early one, from the second call on."""
-    model = nn.Sequential(OREPAConv2d(2, 4, 3, padding=1), nn.AdaptiveAvgPool2d(4),
-                          OREPAConv2d(4, 64, 3)).eval()
-    x = torch.ones(1, 2, 64, 64)
-    costs = measure_forms({'kept': Form(model), 'squeezed': Form(model, keep_kernels=False)},
-                          lambda form: form(x), x, rounds=1, warmup=0)
-    late = 4 * 64 * 4 * 9  # bytes of the kernel
-    # a few bytes of a thread that another test left may come in between
-    assert 0.99 * late <= costs['kept'].peak_bytes - costs['squeezed'].peak_bytes < 2 * late
+    cost = measure_forms({'training': Form(model)}, lambda form: form(x), x, rounds=4,
+                         warmup=2)['training']
+    assert len(cost.latencies_ms) == 4
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.multiply_adds > 4 * 64 * 2 * 9  # of the convolution itself
+    # weights, input, output, and the kernel at the least
+    assert cost.peak_bytes >= count_tensor_bytes(model) + 4 * (2 * 64 + 4 * 64 + 4 * 18)
 
 
 @pytest.fixture(scope='module')
@@ -162,7 +141,7 @@ def benchmark(tmp_path_factory):
 
 def test_deployed_costs_what_stock_costs(benchmark):
     costs = benchmark[1].costs
-    assert list(costs) == ['training', 'squeezing', 'deployed', 'folded', 'stock']
+    assert list(costs) == ['training', 'deployed', 'folded', 'stock']
     deployed, stock = costs['deployed'], costs['stock']
     assert deployed.parameters == stock.parameters
     assert deployed.multiply_adds == stock.multiply_adds
@@ -171,8 +150,7 @@ def test_deployed_costs_what_stock_costs(benchmark):
     for key in ('parameters', 'file_bytes', 'peak_bytes'):
         assert getattr(costs['folded'], key) < getattr(deployed, key) < getattr(
             costs['training'], key)
-    assert costs['training'].multiply_adds == deployed.multiply_adds  # kernels are kept
-    assert costs['squeezing'].multiply_adds > deployed.multiply_adds
+    assert costs['training'].multiply_adds > deployed.multiply_adds  # every call squeezes
     assert all(len(cost.latencies_ms) == 2 for cost in costs.values())
     assert {name: len(times) for name, times in benchmark[1].training_steps_ms.items()} == {
         'training': 2, 'stock': 2}
@@ -189,9 +167,9 @@ def test_weights_are_those_of_the_checkpoint(benchmark):
 def test_table_and_plain_data(benchmark, capsys):
     result = benchmark[1]
     rows = {row[0]: row[1:] for row in benchmark_rows(result)}
-    assert rows['parameters (M)'][4] == f'{result.costs["stock"].parameters / 1e6:.2f}'
-    assert rows['latency over stock'][4] == rows['step over stock'][4] == '1.00'
-    assert all(len(row) == 5 for row in rows.values())
+    assert rows['parameters (M)'][3] == f'{result.costs["stock"].parameters / 1e6:.2f}'
+    assert rows['latency over stock'][3] == rows['step over stock'][3] == '1.00'
+    assert all(len(row) == 4 for row in rows.values())
     data = json.loads(json.dumps(result.as_dict()))
     assert data['forms']['stock']['latency_over_stock'] == 1
     assert data['conditions']['input_shape'] == [1, 3, 64, 64]

@@ -1,18 +1,17 @@
 """The mmdet backbones: every option of the stock class, in both forms."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 from helpers import randomize, relative_error
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.registry import MODELS
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import PretrainedInit, revert_sync_batchnorm
 from torch import nn
 
 from orepa_mm.backbones.det import OREPAResNet, OREPAResNeXt
-from orepa_mm.errors import CheckpointError
+from orepa_mm.errors import CheckpointError, ConfigError
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 from orepa_mm.reparam import is_training_form, reparameterize
 
@@ -34,8 +33,7 @@ def test_blocks_by_kernel_size():
     assert isinstance(bottleneck.layer1[0].conv1, OREPAConv1x1)
     assert isinstance(bottleneck.layer1[0].conv2, OREPAConv2d)
     assert isinstance(bottleneck.layer2[0].downsample[0], OREPAConv1x1)
-    convolutions = [m for m in bottleneck.modules() if isinstance(m, nn.Conv2d)]
-    assert not convolutions
+    assert not [m for m in bottleneck.modules() if type(m) is nn.Conv2d]
 
 
 def test_blocks_start_as_published_unless_a_rule_is_given():
@@ -95,6 +93,61 @@ def test_pretrained_weights_that_do_not_fit_are_an_error(tmp_path):
         build(tmp_path / 'b.pth')
 
 
+#: The ways of a config to say that weights are loaded.
+WAYS = {
+    'dictionary': lambda path: dict(init_cfg=dict(type='Pretrained', checkpoint=path)),
+    'list': lambda path: dict(init_cfg=[dict(type='Pretrained', checkpoint=path)]),
+    'tuple': lambda path: dict(init_cfg=(dict(type='Pretrained', checkpoint=path),)),
+    'after a rule': lambda path: dict(init_cfg=[
+        dict(type='Kaiming', layer='Conv2d'), dict(type='Pretrained', checkpoint=path)]),
+    'before a rule': lambda path: dict(init_cfg=[
+        dict(type='Pretrained', checkpoint=path), dict(type='Constant', val=0, layer='Conv2d')]),
+    'with a scope': lambda path: dict(init_cfg=[
+        dict(type='mmengine.Pretrained', checkpoint=path)]),
+    'class': lambda path: dict(init_cfg=[dict(type=PretrainedInit, checkpoint=path)]),
+    'argument': lambda path: dict(pretrained=path),
+}
+
+
+@pytest.mark.filterwarnings('ignore:DeprecationWarning')
+@pytest.mark.parametrize('way', WAYS)
+def test_loading_is_strict_by_every_way_a_config_can_say_it(way, tmp_path):
+    cfg = dict(depth=18, base_channels=8, stem_channels=32)  # a stem that can generate any kernel
+    ours = randomize(OREPAResNet(**cfg))
+    plain = reparameterize(ours).state_dict()
+    for name, state in (('training', ours.state_dict()), ('plain', plain)):
+        torch.save(state, tmp_path / f'{name}.pth')
+        backbone = OREPAResNet(**cfg, **WAYS[way](str(tmp_path / f'{name}.pth')))
+        backbone.init_weights()
+        found = reparameterize(backbone).state_dict()
+        for key, value in plain.items():
+            assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-5), key
+        for lost in ('layer3.0.conv1', 'layer4.1.bn2'):
+            part = {key: value for key, value in state.items() if not key.startswith(lost)}
+            torch.save(part, tmp_path / 'part.pth')
+            backbone = OREPAResNet(**cfg, **WAYS[way](str(tmp_path / 'part.pth')))
+            with pytest.raises(CheckpointError, match=rf'part\.pth .*has no {lost}'):
+                backbone.init_weights()
+
+
+def test_an_override_beside_pretrained_weights_is_refused():
+    backbone = OREPAResNet(**NARROW, init_cfg=dict(
+        type='Pretrained', checkpoint='x.pth', override=dict(type='Normal', name='conv1')))
+    with pytest.raises(ConfigError, match='overrides a part'):
+        backbone.init_weights()
+
+
+def test_the_deployed_form_takes_a_parameter_of_others_that_is_called_vector():
+    """Only branches tell a training form."""
+    backbone = OREPAResNet(**NARROW, deploy=True)
+    backbone.attention = nn.Module()
+    backbone.attention.vector = nn.Parameter(torch.zeros(3))
+    backbone.load_state_dict(randomize(copy.deepcopy(backbone)).state_dict(), strict=True)
+    assert backbone.attention.vector.any()
+    with pytest.raises(CheckpointError, match='training form'):
+        backbone.load_state_dict(OREPAResNet(**NARROW).state_dict(), strict=False)
+
+
 def test_options_reach_the_layers():
     backbone = OREPAResNet(**NARROW, conv_cfg=dict(type='OREPA', single_init=True))
     assert backbone.layer1[0].conv1.vector[1:].eq(0).all()
@@ -131,29 +184,6 @@ def test_frozen_stages(frozen):
     stages = [{'conv1', 'bn1'}, {'layer1'}, {'layer2'}, {'layer3'}, {'layer4'}]
     assert changed == set().union(*stages[frozen + 1:])
     assert backbone.conv1.training is (frozen < 0)
-
-
-@pytest.mark.parametrize('cls', [OREPAResNet, OREPAResNeXt])
-def test_frozen_stages_are_squeezed_once(cls, monkeypatch):
-    """Training loops call train() at every iteration."""
-    options = dict(depth=18) if cls is OREPAResNet else dict(depth=50, groups=4, base_width=2)
-    backbone = cls(**options, base_channels=8, frozen_stages=2)
-    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
-    squeezed = []
-    for kind in (OREPAConv2d, OREPAConv1x1, OREPAStemConv2d):
-        original = kind.squeeze
-        monkeypatch.setattr(kind, 'squeeze', lambda self, *args, original=original: (
-            squeezed.append(self), original(self, *args))[1])
-    for _ in range(3):
-        backbone.train()
-        sum(f.square().mean() for f in backbone(images())).backward()
-        optimizer.step()
-    times = Counter(squeezed)
-    for name, layer in backbone.named_modules():
-        if layer in times:
-            frozen = name.startswith(('conv1', 'layer1', 'layer2'))
-            assert times[layer] == (1 if frozen else 3), name
-    assert backbone.conv1 in times
 
 
 def test_norm_eval():

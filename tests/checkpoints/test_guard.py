@@ -79,7 +79,7 @@ def test_every_pair_of_forms(backbone, theirs, ours, tmp_path):
     expands = (backbone, theirs, ours) == ('OREPAResNet', 'plain', 'training')
     if not expands:  # see test_expansion.py
         loads.append(lambda: load_checkpoint(model, str(path)))
-    if not expands and (theirs, ours) != ('folded', 'plain'):  # see below
+    if not expands:
         loads.append(lambda: mmengine.runner.load_state_dict(model, state))
     for load in loads:
         if theirs == ours:
@@ -95,9 +95,42 @@ def test_every_pair_of_forms(backbone, theirs, ours, tmp_path):
                        for key, value in model.state_dict().items())
 
 
-def test_a_folded_form_that_does_not_say_so_is_left_to_mmengine():
+@pytest.mark.parametrize('prefix', [None, 'backbone'])
+def test_a_folded_form_is_known_however_it_is_loaded(prefix, tmp_path):
+    """By its keys: without what the file says of it, and in a part of it."""
+    torch.save(dict(weights('OREPAResNet', 'folded')), tmp_path / 'folded.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'folded.pth'))
+    model = detector('OREPAResNet', 'plain', init_cfg=init_cfg | dict(prefix=prefix))
+    if prefix is None:  # of the whole detector
+        model = detector('OREPAResNet', 'plain')
+        model.init_cfg = init_cfg
+    with pytest.raises(CheckpointError, match='is in folded form, but the model is in plain form'):
+        model.init_weights()
+
+
+def of_version_0_2_0(state):
+    """It left no key of a folded BN, only `meta` of the file."""
+    return {key: value for key, value in state.items() if not key.endswith('folded_norm')}
+
+
+def test_files_of_version_0_2_0_are_told_by_their_meta(tmp_path):
+    state = of_version_0_2_0(weights('OREPAResNet', 'folded'))
+    assert len(state) < len(weights('OREPAResNet', 'folded'))
+    torch.save({'state_dict': state, 'meta': {'form': 'folded'}}, tmp_path / 'model.pth')
+    for load in (load_weights, lambda model, path: load_checkpoint(model, str(path), strict=True)):
+        model = detector('OREPAResNet', 'folded')
+        load(model, tmp_path / 'model.pth')
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+        for ours in ('plain', 'training'):
+            with pytest.raises(CheckpointError, match='is in folded form'):
+                load(detector('OREPAResNet', ours), tmp_path / 'model.pth')
+    model = detector('OREPAResNet', 'folded')
+    assert not model.load_state_dict(state, strict=True).missing_keys
+
+
+def test_a_folded_form_of_which_nothing_is_said_is_left_to_mmengine():
     """Its keys may be those of any network without BN."""
-    state = weights('OREPAResNet', 'folded')
+    state = of_version_0_2_0(weights('OREPAResNet', 'folded'))
     model = detector('OREPAResNet', 'plain')
     with pytest.raises(RuntimeError, match='do not match exactly'):
         load_state_dict(model, state, strict=True)

@@ -1,4 +1,4 @@
-"""Validation of averaged weights: no kernel of the weights that were there before is kept."""
+"""Validation of averaged weights: kernels are those of the averages."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_the_kernels_of_a_validation_are_those_of_the_averages(tmp_path, by_epoc
     assert len(model.errors) == 6
     model.eval()
     with torch.no_grad():
-        last = model([Images()[0]['inputs']])[0]  # a kernel of the last weights is kept
+        last = model([Images()[0]['inputs']])[0]
     runner.val_loop.run()
     assert max(model.errors) < 1e-5
     assert not torch.allclose(model.outputs[-2][:1], last)

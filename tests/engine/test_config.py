@@ -1,13 +1,15 @@
 """Reading configs: what is wrong with one is said by its name."""
 
 import argparse
+import copy
+import re
 
 import pytest
 from helpers import ROOT
 from mmengine.config import Config
 
 from orepa_mm.engine import add_config_arguments, load_config, read_config
-from orepa_mm.engine.config_keys import require_known_keys
+from orepa_mm.engine.config_keys import _TOP, require_known_keys
 from orepa_mm.errors import ConfigError
 
 CONFIGS = {name: ROOT / 'configs' / name for name in (
@@ -103,6 +105,55 @@ def test_mistyped_settings_are_refused(light, option, words):
         require_known_keys(light, parse(LIGHT, '--cfg-options', option).cfg_options)
 
 
+RTMDET = 'rtmdet/rtmdet_orepa-tiny_8xb32-300e_coco.py'
+UPERNET = 'upernet/upernet_orepa-r18_4xb2-40k_cityscapes-512x1024.py'
+
+
+@pytest.mark.parametrize(('config', 'option', 'read'), [
+    (RTMDET, 'max_epochs=2', ['train_cfg.max_epochs']),
+    (RTMDET, 'base_lr=0.1', ['optim_wrapper.optimizer.lr']),
+    (RTMDET, 'train_pipeline.1.with_bbox=False', ['train_dataloader.dataset.pipeline.1.with_bbox']),
+    (RTMDET, 'dataset_type=X', ['test_dataloader.dataset.type', 'train_dataloader.dataset.type']),
+    (RTMDET, 'stage2_num_epochs=2', []),  # what was made from it has another value
+    (UPERNET, 'crop_size=(64,64)', ['model.data_preprocessor.size', 'pipeline.3.crop_size']),
+    (UPERNET, 'norm_cfg.type=BN', ['model.backbone.norm_cfg.type',
+                                   'model.decode_head.norm_cfg.type']),
+    (UPERNET, 'data_preprocessor.size=(64,64)', ['model.data_preprocessor.size']),
+    (LIGHT, 'data_root=/nowhere/', ['--data-root', 'train_dataloader.dataset.data_root']),
+    (LIGHT, 'backend_args.backend=local', ['backend_args.backend']),
+    (LIGHT, 'data_preprocessor.bgr_to_rgb=False', ['model.data_preprocessor.bgr_to_rgb']),
+])
+def test_a_variable_that_was_read_already_names_what_is_read(config, option, read):
+    """Accepted, it would change nothing; what is named does."""
+    cfg = read_config(ROOT / 'configs' / config)
+    options = parse(LIGHT, '--cfg-options', option).cfg_options
+    key, = options
+    with pytest.raises(ConfigError, match=f'{key}: nothing reads {key.split(".")[0]} of') as error:
+        require_known_keys(cfg, options)
+    said = re.search(r'Set (.*?)\. If your', str(error.value))[1]
+    assert all(name in said for name in read)
+    named = re.findall(r'\w+(?:\.\w+)+', said)
+    assert bool(named) == bool(read)
+    require_known_keys(cfg, dict.fromkeys(named))
+    cfg.runner_type = 'MyRunner'  # which may read anything
+    require_known_keys(cfg, options)
+
+
+@pytest.mark.parametrize('config', CONFIGS.values(), ids=lambda path: path.stem)
+def test_no_variable_of_a_config_is_taken_in_silence(config):
+    """Whatever the file calls it: an option either changes what is built, or is refused."""
+    cfg = read_config(config)
+    built = {key: cfg.get(key) for key in _TOP}
+    for name in cfg:
+        changed = copy.deepcopy(cfg)
+        changed.merge_from_dict({name: 'other'})
+        if {key: changed.get(key) for key in _TOP} == built:
+            with pytest.raises(ConfigError, match='nothing reads'):
+                require_known_keys(cfg, {name: 'other'})
+        elif name != 'data_preprocessor':
+            require_known_keys(cfg, {name: 'other'})
+
+
 @pytest.mark.parametrize(('option', 'words'), [
     ('modle.x=1', 'Is model meant'),
     ('train_dataloader.dataset.pipeline.99.scale=1', 'do not fit the config: Index 99'),
@@ -117,7 +168,7 @@ def test_settings_that_may_be_new(config):
     """A backbone's argument, test settings, hooks, wrappers: whatever is passed on."""
     options = [
         'model.backbone.frozen_stages=1', 'model.backbone.init_cfg=None', 'model.test_cfg.x.y=1',
-        'model.train_cfg.new=1', 'model.new_head.type=X', 'data_preprocessor.new=1',
+        'model.train_cfg.new=1', 'model.new_head.type=X',
         'train_dataloader.batch_size=1', 'train_dataloader.num_batch_per_epoch=1',
         'train_dataloader.pin_memory=False', 'train_dataloader.dataset.new=1',
         'val_dataloader.sampler.new=1', 'val_dataloader.drop_last=False',
@@ -142,9 +193,9 @@ def test_what_is_not_ours_to_know():
     """Loops and runners of somebody else, and lists in place of one loader."""
     cfg = Config(dict(train_cfg=dict(type='MyLoop'), val_dataloader=[dict()], train_dataloader=None,
                       default_hooks=None, mine=dict()))
-    require_known_keys(cfg, {'train_cfg.mine': 1, 'val_dataloader.0.mine': 1, 'mine.x': 1,
+    require_known_keys(cfg, {'train_cfg.mine': 1, 'val_dataloader.0.mine': 1,
                              'default_hooks.x.type': 'X', 'default_hooks.x.y': 1})
     with pytest.raises(ConfigError, match='batchsize'):
-        require_known_keys(cfg, {'train_dataloader.batchsize': 1})
+        require_known_keys(cfg, {'train_dataloader.batchsize': 1, 'mine.x': 1})
     cfg.runner_type = 'MyRunner'
-    require_known_keys(cfg, {'train_dataloader.batchsize': 1})
+    require_known_keys(cfg, {'train_dataloader.batchsize': 1, 'mine.x': 1})

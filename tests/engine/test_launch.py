@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import ROOT, run_each
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 from toy_run import toy_config
 
 from orepa_mm.checkpoints import load_weights
@@ -179,6 +180,17 @@ def test_a_missing_file_for_a_stock_part():
         {'model.backbone.init_cfg.checkpoint': 'PLAIN_FILE_OR_ADDRESS',
          'model.backbone.init_cfg.prefix': None},
         {'model.backbone.init_cfg': None}]
+
+
+@pytest.mark.parametrize('kind', ['Pretrained', 'mmengine.Pretrained', PretrainedInit])
+def test_a_missing_file_in_a_list(kind):
+    cfg = Config(dict(model=dict(type='X', neck=dict(type='Y', init_cfg=[
+        dict(type='Xavier', layer='Linear'), dict(type=kind, checkpoint='no/such.pth')]))))
+    with pytest.raises(FileNotFoundError, match=r'neck\.init_cfg\.1 asks for') as error:
+        check_pretrained(cfg)
+    options = options_of(str(error.value))[0]
+    cfg.merge_from_dict(options)
+    assert cfg.model.neck.init_cfg[1].checkpoint == 'PLAIN_FILE_OR_ADDRESS'
 
 
 @pytest.mark.parametrize('name', ['faster-rcnn_orepa-r50_fpn_1x_coco.py', LIGHT.name])

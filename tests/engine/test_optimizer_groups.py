@@ -219,6 +219,19 @@ def test_a_state_of_other_rules_or_of_another_model():
     assert not isinstance(error.value, CheckpointError)
 
 
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_a_state_of_as_many_groups_but_others(optimizer):
+    """PyTorch would give parameters the momentum of others."""
+    model = network()
+    saved = wrapper_of(model, OPTIMIZERS[optimizer], dict(norm_decay_mult=0.))
+    course(model, saved)
+    other = wrapper_of(model, OPTIMIZERS[optimizer], dict(bias_decay_mult=0.))
+    with pytest.raises(CheckpointError, match=r'but others in them.*the paramwise_cfg that it had'):
+        other.load_state_dict(saved.state_dict())
+    wrapper_of(model, OPTIMIZERS[optimizer], dict(norm_decay_mult=0.)).load_state_dict(
+        saved.state_dict())
+
+
 class Operations(TorchDispatchMode):
     """Names of the operations that compute: views and the profiler's marks are left out."""
 

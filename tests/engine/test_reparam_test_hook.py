@@ -99,14 +99,17 @@ def test_the_model_is_back_and_the_copy_gone(tmp_path, train_cfg):
     start = runner.model
     assert runner.train() is start
     assert runner.model is start
-    assert observer.before == observer.after == [observer.last] * 2
+    assert observer.before == [observer.last] * 2
+    # as after a validation without the hook, it is in eval mode
+    observer.last = described(runner.model.eval())
+    assert observer.after == [observer.last] * 2
     gc.collect()
     assert [copy() for copy in observer.copies] == [None] * 6
 
 
 def test_test_and_val(tmp_path):
     runner = build(tmp_path, OURS)
-    model, before = runner.model, described(runner.model)
+    model, before = runner.model, described(runner.model.eval())
     runner.test()
     runner.val()
     assert runner.model is model
@@ -177,6 +180,21 @@ def test_compiled_training_step(tmp_path):
         assert 'train_step' in vars(runner.model)
         states.append(runner.model.state_dict())
     assert_same_tree(*states)
+
+
+def test_checkpointed_activations(tmp_path):
+    """Their closures hold the training model's layers, also in a copy of the model."""
+    states, found = [], []
+    for name, hooks in (('without', []), ('with', [OURS])):
+        runner = build(tmp_path / name, *hooks, cfg=dict(activation_checkpointing=['backbone']))
+        runner.train()
+        assert 'forward' in vars(runner.model.backbone)
+        states.append(runner.model.state_dict())
+        found.append(recorded(runner.val_loop.evaluator))
+    assert_same_tree(*states)
+    assert states[1]['backbone.5.num_batches_tracked'] == 2 * 2  # never in validation
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 class MeanTTAModel(BaseTTAModel):

@@ -3,17 +3,18 @@
 On a CPU neither shows; a mode that sees every operation counts them.
 """
 
+import contextlib
+import os
+import sys
+
 import pytest
 import torch
 from helpers import LAYERS, randomize
-from mmdet.models.backbones import ResNet
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orepa_mm.backbones.det import OREPAResNet
-from orepa_mm.layers import DBBConv2d
-from orepa_mm.reparam import reparameterize
+from orepa_mm.layers import DBBConv2d, cached
 
 #: Reads a value back from the device.
 WAITS = {'_local_scalar_dense', 'equal', 'is_nonzero', 'nonzero', 'item', 'masked_select',
@@ -98,28 +99,37 @@ def test_constants_move_with_the_parameters(device):
                 assert torch.equal(constant, fresh), name
 
 
-def test_evaluation_runs_the_operations_of_the_deployed_model():
-    """Once kernels are kept, nothing more is dispatched than by the stock network."""
-    backbone = randomize(ResNet(50, base_channels=8, conv_cfg=dict(type='OREPA'),
-                                frozen_stages=1, norm_eval=True))
-    backbone.eval()  # a statement of its own: it returns nothing
-    deployed = reparameterize(backbone)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        backbone(x)
-        assert recorded(backbone, x) == recorded(deployed, x)
+#: Python frames of this package in a forward pass, at most; in a stem for each of its 3 x 3.
+FRAMES = 15
 
 
-def test_frozen_stages_cost_nothing_in_training():
-    """After the first step a frozen stage dispatches what the stock one does."""
-    backbone = OREPAResNet(50, base_channels=8, frozen_stages=4, norm_eval=True)
-    backbone.train()
-    deployed = reparameterize(backbone)
-    x = torch.randn(1, 3, 64, 64)
-    for _ in range(2):  # training loops call train() at every iteration
-        backbone(x)
-        backbone.train()
-        assert recorded(backbone, x) == recorded(deployed, x)
+@pytest.mark.parametrize('context', [contextlib.nullcontext, cached])
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('case', LAYERS)
+def test_own_frames_of_a_forward_pass(case, grad, context, x):
+    """Each costs as much as the launch of an operation."""
+    layer = randomize(LAYERS[case]())
+
+    def frames():
+        found = []
+
+        def note(frame, event, argument):
+            if event == 'call' and 'orepa_mm' in frame.f_code.co_filename.split(os.sep):
+                found.append(frame.f_code.co_qualname if sys.version_info >= (3, 11)
+                             else frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+        return found
+
+    with torch.set_grad_enabled(grad), context():
+        first, second = frames(), frames()
+    budget = FRAMES + FRAMES * (len(layer.generators) if case == 'stem' else 0)
+    assert 4 < len(first) <= budget, first
+    assert len(second) <= (FRAMES if context is cached else budget), second
 
 
 def test_the_recorder_sees_what_it_is_to_see(x):

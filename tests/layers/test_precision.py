@@ -7,8 +7,8 @@ import torch
 from helpers import LAYERS, randomize, relative_error
 from torch import nn
 
-from orepa_mm.layers import base, precision
-from orepa_mm.layers.precision import exact_float32, exact_products, has_float64
+from orepa_mm.layers import constants, precision
+from orepa_mm.layers.precision import exact_float32, has_float64
 
 BACKENDS = torch.backends
 GETTERS = {
@@ -56,13 +56,11 @@ def read():
     return values
 
 
-@pytest.mark.parametrize('context', [exact_float32,
-                                     lambda: exact_products(torch.device('cuda'))])
 @pytest.mark.parametrize('setting', SETTINGS)
-def test_every_setting_is_there_again(setting, context):
+def test_every_setting_is_there_again(setting):
     SETTINGS[setting]()
     before = read()
-    with contextlib.suppress(ZeroDivisionError), context():
+    with contextlib.suppress(ZeroDivisionError), exact_float32():
         assert BACKENDS.cuda.matmul.fp32_precision in ('ieee', 'none')
         assert setting == 'benchmark' or not BACKENDS.cudnn.benchmark
         raise ZeroDivisionError
@@ -79,27 +77,28 @@ def test_comparisons_are_exact_and_repeatable():
         assert not BACKENDS.cudnn.benchmark
 
 
-def test_every_squeeze_multiplies_exactly(layer, x, monkeypatch):
-    """Where the user allows TF32 or bfloat16 for float32 products, the squeeze takes neither."""
-    seen = []
-    squeeze = type(layer).squeeze
+def test_no_forward_pass_switches_what_belongs_to_the_process(layer, x, monkeypatch):
+    """Other threads have it too. Autocast belongs to a thread, and is off in the squeeze."""
+    seen, squeeze = [], type(layer).squeeze
 
     def watched(self, *args):
-        seen.append((BACKENDS.mkldnn.matmul.fp32_precision,
-                     BACKENDS.cuda.matmul.fp32_precision, torch.is_autocast_enabled('cpu')))
+        seen.append((*read().values(), torch.is_autocast_enabled(x.device.type)))
         return squeeze(self, *args)
 
     monkeypatch.setattr(type(layer), 'squeeze', watched)
     torch.set_float32_matmul_precision('medium')
-    with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        layer(x)
-        layer.eval()
-        with torch.no_grad():
+    before = tuple(read().values())
+    for grad in (True, False):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16), torch.set_grad_enabled(grad):
             layer(x)
-    exact = 1 if x.is_cuda else 0
-    assert seen
-    assert all(entry[exact] == 'ieee' and not entry[2] for entry in seen)
-    assert torch.get_float32_matmul_precision() == 'medium'
+    assert seen == [(*before, False)] * 2
+
+
+def test_deployment_is_exact_whatever_is_allowed(layer):
+    expected = layer.to_conv2d().weight
+    torch.set_float32_matmul_precision('medium')
+    with torch.autocast(expected.device.type, dtype=torch.bfloat16):
+        assert torch.equal(layer.to_conv2d().weight, expected)
 
 
 # --- devices without float64 -------------------------------------------------------------
@@ -110,7 +109,7 @@ def test_without_float64_on_the_device_the_cpu_squeezes(case, x, monkeypatch):
     layer = randomize(LAYERS[case]())
     expected = layer.to_conv2d()
     asked = []
-    monkeypatch.setattr(base, 'has_float64', lambda device: asked.append(device))
+    monkeypatch.setattr(constants, 'has_float64', lambda device: asked.append(device))
     kernel, bias = layer.equivalent_kernel_bias()
     assert asked
     assert (kernel.device.type, kernel.dtype) == ('cpu', torch.float64)

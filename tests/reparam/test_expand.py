@@ -93,7 +93,7 @@ def test_what_has_no_block_is_left_and_named(monkeypatch):
         nn.Conv2d(3, 8, 7), OREPAConv1x1(4, 4)])  # a 7 x 7 with too few channels for a stem
     kinds = [type(module) for module in model]
     logged = []
-    monkeypatch.setattr(sys.modules[expand.__module__], 'print_log',
+    monkeypatch.setattr(sys.modules[expand.__module__], 'log',
                         lambda text, *args: logged.append(text))
     expanded = expand(model)
     assert [type(module) for module in expanded][1:] == kinds[1:]

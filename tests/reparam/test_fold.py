@@ -42,7 +42,8 @@ def test_against_mmcv():
         for one, other, before in zip(mine(x), theirs(x), model(x)):
             assert relative_error(one, other) < 1e-12
             assert relative_error(one, before) < 1e-12
-    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    marks = {f'{name}.folded_norm' for name, m in model.named_modules() if m in norms(model)}
+    assert mine.state_dict().keys() - marks == {*theirs.state_dict()}
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -87,6 +88,8 @@ NOT_FOLDED = {
 @pytest.mark.parametrize('name', NOT_FOLDED)
 def test_what_does_not_follow_a_convolution_stays(name):
     model = NOT_FOLDED[name]().eval()
+    if name != 'no running statistics':
+        randomize(model)  # a fresh BN would commute with much
     after, count = folded(model)
     assert count == 0
     assert [type(m) for m in after.modules()] == [type(m) for m in model.modules()]
@@ -117,7 +120,7 @@ def test_everything_else_is_kept(training):
     model.requires_grad_(False)
     after, count = folded(model)
     assert count == 1
-    assert type(after[1]) is nn.Identity
+    assert isinstance(after[1], nn.Identity)
     assert after[0].weight.dtype == after[0].bias.dtype == torch.bfloat16
     assert after[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not any(p.requires_grad for p in after.parameters())

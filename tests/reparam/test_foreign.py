@@ -110,12 +110,6 @@ def test_a_walker_that_only_calls_switch_to_deploy_is_told():
         model[0].switch_to_deploy()
 
 
-def test_a_block_that_cannot_is_named():
-    model = RepVGG(NARROW, norm_cfg=dict(type='SyncBN'))
-    with pytest.raises(ValueError, match=r'RepVGGBlock cannot re-parameterize itself.*norm_cfg'):
-        reparameterize(model)
-
-
 def test_dbb_before_a_norm_gives_the_stock_layers(images):
     """A block's bias goes into the BN behind it: the stock neck has none."""
     options = dict(in_channels=[3], out_channels=4, num_outs=1, norm_cfg=dict(type='BN'))

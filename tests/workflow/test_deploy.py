@@ -93,8 +93,8 @@ def test_what_is_written(folder, plain):
     assert meta['source_sha256'] == sha256(folder / 'iter_5.pth')
     assert len(meta['source_sha256']) == 64
     assert meta['versions'].keys() == {'orepa_mm', 'torch', 'mmengine', 'mmcv', 'mmdet'}
-    assert meta['largest_difference']['float64'] < 1e-12
-    assert meta['largest_difference']['rounding'] < 1e-5
+    assert meta['largest_difference']['float32'] < 1e-4
+    assert meta['largest_difference']['tensors'] < 5e-7
     text = (out / 'config.py').read_text()
     assert meta['cfg'] == text
     data = Config.fromfile(out / 'config.py').test_dataloader.dataset.data_root
@@ -116,7 +116,7 @@ def test_what_is_left_out_is_reported(folder, plain, capsys):
     printed = capsys.readouterr().out
     assert 'checkpoint file (MB)' in printed
     assert 'ema_state_dict (' in printed
-    assert 'tensors and layers that agree on their own' in printed
+    assert 'tensors that agree' in printed
     assert 'note: a metric at chance proves nothing' in printed  # the weights are random
     assert 'UNVERIFIED' not in printed
 
@@ -294,7 +294,7 @@ def test_a_metric_that_moves_is_not_saved_where_not_all_was_compared(folder, mon
     monkeypatch.setattr(pipeline, 'verify', lambda *args: dataclasses.replace(
         good(*args), not_run=('bbox_head.unseen',)))
     with pytest.raises(VerificationError, match=r'(?s)coco/bbox_mAP is 0\.50000 .*0\.49970.*'
-                       r'3\.00e-04.*on 2 images.*depends on: bbox_head\.unseen'):
+                       r'3\.00e-04.*on 2 images.*depends on:\n  bbox_head\.unseen'):
         deploy(folder, folder / 'moved')
     assert not (folder / 'moved').exists()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...reparam.verify import TOLERANCES
+from ...reparam.verify import TOLERANCE
 
 #: A final box whose corners lie further away, in pixels (beyond 1000 pixels: in thousandths
 #: of the coordinate), is not the same one.
@@ -39,7 +39,7 @@ class GraphError:
     output: str
     shape: tuple[int, ...]
     error: float
-    tolerance: float = TOLERANCES['float32']
+    tolerance: float = TOLERANCE
 
     @property
     def passed(self) -> bool:

@@ -1,4 +1,4 @@
-"""The ways by which MMEngine reads checkpoints: safely through each of them.
+"""Reading checkpoints for MMEngine, from wherever, safely.
 
 `load_from`, `init_cfg`, resume, the inferencers and `mmengine.runner.load_checkpoint`
 all end here. MMEngine reads what it downloads by PyTorch's hub, which runs code
@@ -15,34 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import mmengine.runner.checkpoint
 import torch
 from mmengine.dist import get_dist_info
 from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
 from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
 from ..errors import CheckpointError
 from ..files import sha256
-from .forms import note
 from .io import read_file
-
-
-def guard_doors() -> None:
-    """Let MMEngine read local files and http addresses by the functions of this module.
-
-    The schemes `torchvision://`, `modelzoo://`, `open-mmlab://`, `openmmlab://`
-    and `mmcls://` look their addresses up, and call the function for http by
-    its name. `pavi://` and `s3://` call `torch.load`, safe by default: in the
-    maintained forks by way of a function that runs a file's code where that
-    fails, in whose place PyTorch's is put. A second call changes nothing.
-    """
-    CheckpointLoader.register_scheme('', load_from_local, force=True)
-    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
-    mmengine.runner.checkpoint.load_from_local = load_from_local
-    mmengine.runner.checkpoint.load_from_http = load_from_http
-    if hasattr(mmengine.runner.checkpoint, '_safe_torch_load'):
-        mmengine.runner.checkpoint._safe_torch_load = torch.load
 
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
@@ -64,7 +44,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     path = Path(filename).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'{path} can not be found.')
-    return _with_source(read_file(path, map_location, weights_only=None), filename)
+    return read_file(path, map_location, weights_only=None)
 
 
 def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None,
@@ -96,17 +76,6 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: str | Non
         torch.distributed.barrier()
         if rank > 0:  # on another machine this downloads it there
             checkpoint = _download_and_read(filename, map_location, model_dir, progress)
-    return _with_source(checkpoint, filename)
-
-
-def _with_source(checkpoint: Any, source: str) -> Any:
-    """The checkpoint, whose weights carry where they come from."""
-    state = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
-    if isinstance(state, dict):
-        checkpoint['state_dict'] = note(state, source=source)
-    elif isinstance(checkpoint, dict) and any(isinstance(value, torch.Tensor)
-                                              for value in checkpoint.values()):
-        return note(checkpoint, source=source)
     return checkpoint
 
 

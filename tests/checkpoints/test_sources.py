@@ -21,10 +21,11 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-from orepa_mm.checkpoints import guard_doors, load_pretrained
 from orepa_mm.checkpoints import load_checkpoint as load_ours
+from orepa_mm.checkpoints import load_pretrained
 from orepa_mm.errors import CheckpointError
 from orepa_mm.files import sha256
+from orepa_mm.openmmlab.patches import patch
 
 
 class Creates:
@@ -198,7 +199,8 @@ def test_torchvisions_weights_are_expanded(options, server, schemes, monkeypatch
             features = part(features)
         assert relative_error(model(x)[-1], features) < 1e-4
     (line,) = said
-    assert line.startswith(f'{schemes["http" if "conv_cfg" in options else "torchvision"]}: plain')
+    source = 'the checkpoint' if 'conv_cfg' in options else schemes['torchvision']
+    assert line.startswith(f'{source}: plain weights')
 
 
 def test_only_pytorchs_own_switch_runs_code(server, tmp_path, monkeypatch):
@@ -262,7 +264,7 @@ def test_damage_behind_an_address(server, cache):
 def test_a_hash_in_the_name(name, warned, server, monkeypatch):
     folder, address, _ = server
     warnings = []
-    monkeypatch.setattr('orepa_mm.checkpoints.doors.print_log', lambda message, _, level=None:
+    monkeypatch.setattr('orepa_mm.checkpoints.sources.print_log', lambda message, _, level=None:
                         warnings.append(message) if level == logging.WARNING else None)
     save(folder / 'any.pth')
     name = name.format(right=sha256(folder / 'any.pth')[:8])
@@ -286,7 +288,7 @@ def test_the_first_process_downloads(rank, server, cache, monkeypatch):
     folder, address, requests = server
     state = save(folder / 'name.pth')
     events = []
-    monkeypatch.setattr('orepa_mm.checkpoints.doors.get_dist_info', lambda: (rank, 2))
+    monkeypatch.setattr('orepa_mm.checkpoints.sources.get_dist_info', lambda: (rank, 2))
 
     def barrier():
         events.append(len(requests))
@@ -315,5 +317,5 @@ def test_local_files_as_mmengine_reads_them(tmp_path, monkeypatch):
 
 def test_a_second_call_changes_nothing():
     before = dict(CheckpointLoader._schemes)
-    guard_doors()
+    patch()
     assert list(CheckpointLoader._schemes.items()) == list(before.items())

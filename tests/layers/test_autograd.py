@@ -15,7 +15,7 @@ from orepa_mm.layers import (
     OREPAConv2d,
     OREPARepVGGConv2d,
     OREPARepVGGOnlineConv2d,
-    squeezed,
+    autograd,
 )
 
 BLOCKS = {
@@ -50,7 +50,7 @@ def gradients_of(layer, kernel, grad):
 def by_the_operations(layer):
     """The kernel, differentiated by PyTorch's own rules."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(squeezed, '_functorch_is_active', lambda: True)
+        monkeypatch.setattr(autograd, '_functorch_is_active', lambda: True)
         return layer.squeeze()
 
 
@@ -81,8 +81,7 @@ def test_the_graph_keeps_nothing_but_the_branches(block):
             lambda tensor: extra.append(tensor.nbytes) if tensor.untyped_storage().data_ptr()
             not in own else None, lambda tensor: tensor):
         kernel = block.squeeze()
-    if not hasattr(block, 'generators'):  # a stem composes the kernels of its generators
-        assert sum(extra) <= block.vector.nbytes  # a copy of the rows that are read
+    assert not extra
     assert kernel.requires_grad
 
 
@@ -111,7 +110,7 @@ def test_branches_that_depend_on_each_other(create_graph):
 
     found = gradient()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(squeezed, '_functorch_is_active', lambda: True)
+        monkeypatch.setattr(autograd, '_functorch_is_active', lambda: True)
         assert relative_error(found, gradient()) < 1e-12
 
 
@@ -188,12 +187,12 @@ def test_the_number_of_operations(name):
 def compiler(monkeypatch):
     """A compiler that needs no C++; what was compiled."""
     compiled, real = [], torch.compile
-    monkeypatch.setattr(squeezed._Compiled, 'failed', False)
-    squeezed._runner.cache_clear()
+    monkeypatch.setattr(autograd._Compiled, 'failed', False)
+    autograd._runner.cache_clear()
     monkeypatch.setattr(torch, 'compile', lambda function, **options: compiled.append(
         function.__module__) or real(function, backend='aot_eager', **options))
     yield compiled
-    squeezed._runner.cache_clear()
+    autograd._runner.cache_clear()
 
 
 def compiled_network():
@@ -204,7 +203,9 @@ def compiled_network():
 
 
 def step(model):
-    model(torch.ones(1, 3, 13, 13)).square().sum().backward()
+    # no constant image, on which windows that sum to zero have gradients of noise alone
+    image = torch.rand(1, 3, 13, 13, generator=torch.Generator().manual_seed(0), device='cpu')
+    model(image.to(next(model.parameters()).device)).square().sum().backward()
     return [p.grad for p in model.parameters()]
 
 
@@ -246,7 +247,7 @@ def test_many_shapes_are_compiled_each(compiler):
 
 def test_without_a_compiler_it_runs_and_says_so_once(compiler, monkeypatch):
     said = []
-    monkeypatch.setattr(squeezed, 'print_log', lambda text, *args: said.append(text))
+    monkeypatch.setattr(autograd, 'log', lambda text, *args: said.append(text))
 
     def failing(function, **options):
         def run(*args, **kwargs):

@@ -1,7 +1,12 @@
-"""A layer that is called several times in one forward pass of its model is squeezed once."""
+"""`cached()`: a layer is squeezed once, with the results and gradients of one squeezed each time.
 
+The forward pass of an MMEngine model is such a context.
+"""
+
+import asyncio
 import copy
 import gc
+import sys
 import threading
 import weakref
 
@@ -11,13 +16,22 @@ import torch.distributed as dist
 from batches import tiny_batch
 from helpers import LAYERS, expected_output, randomize, relative_error, vary_scales
 from mmdet.registry import MODELS
-from mmengine.model import BaseModel, ExponentialMovingAverage, MMDistributedDataParallel
+from mmengine.model import (
+    BaseModel,
+    ExponentialMovingAverage,
+    MMDistributedDataParallel,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+)
 from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from orepa_mm.layers import OREPAConv2d, reparam_layers, scope, squeezed_once
+from orepa_mm.layers import OREPAConv2d, ReparamConv2d, cached, reparam_layers, sharing
+from orepa_mm.openmmlab.patches import patch
 
 
 @pytest.fixture
@@ -155,7 +169,7 @@ def test_checkpointed_segments(use_reentrant, outside, squeezes):
     # reentrant segments run without a graph first, and may share a kernel among them
     assert len(squeezes) == (1 if use_reentrant else 4) + (outside != 'nowhere')
     assert_same(gradients(model, loss), expected, 1e-10)
-    with squeezed_once():  # whose recomputation lies inside as well
+    with cached():  # whose recomputation lies inside as well
         assert_same(gradients(model, model(x, True)), expected, 1e-10)
 
 
@@ -169,7 +183,7 @@ def test_saved_tensors_on_the_cpu(x):
 
 def test_a_pytorch_that_does_not_tell_of_checkpointing(x, monkeypatch, squeezes):
     model = Levels()
-    monkeypatch.setattr(scope, '_top_hooks', None)
+    monkeypatch.setattr(sharing, '_top_hooks', None)
     model(x)
     assert len(squeezes) == 3
 
@@ -178,11 +192,24 @@ def test_a_backward_pass_inside_a_forward_pass(x):
     layer = randomize(LAYERS['kxk']())
     x.requires_grad_()
     expected = gradients(layer, layer(x).square().sum())
-    with squeezed_once():
+    with cached():
         for _ in range(2):  # frees the graph behind the kernel
             assert_same(gradients(layer, layer(x).square().sum()), expected, 1e-5)
         torch.autograd.grad(layer(x).sum(), x)  # does not
         assert_same(gradients(layer, layer(x).square().sum()), expected, 1e-5)
+
+
+FUSED = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad
+
+
+def fused_step(layer, kind=torch.optim.SGD):
+    """Fused optimizers write into parameters and advance no version counter."""
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    versions = [parameter._version for parameter in layer.parameters()]
+    kind(layer.parameters(), lr=0.5, fused=True).step()
+    assert versions == [parameter._version for parameter in layer.parameters()]
+    layer.zero_grad()
 
 
 CHANGES = {
@@ -194,10 +221,13 @@ CHANGES = {
     'set_kernel': lambda layer: layer.set_kernel(layer.weight.detach() * 2),
     'written into weight': lambda layer: layer.weight.data.mul_(2),
     'load': lambda layer: layer.load_state_dict(randomize(copy.deepcopy(layer), 1).state_dict()),
-    'written through .data, then forgotten': lambda layer: (
-        [p.data.mul_(2) for p in layer.parameters()], layer.forget_kernel()),
-    'written through .data, then train()': lambda layer: (
-        [p.data.mul_(2) for p in layer.parameters()], layer.train()),
+    'assigned to weight': lambda layer: setattr(
+        layer, 'weight', nn.Parameter(layer.weight.detach() * 2)),
+    'start_from': lambda layer: layer.start_from(layer.weight.detach() * 2),
+    'swapped': lambda layer: torch.utils.swap_tensors(
+        layer.vector, nn.Parameter(layer.vector.detach() * 3)),
+    **{f'fused {kind.__name__}': lambda layer, kind=kind: fused_step(layer, kind)
+       for kind in FUSED},
 }
 
 
@@ -224,7 +254,7 @@ def test_a_layer_that_changes_in_the_middle(change, grad, x):
 def test_with_and_without_gradients_in_one_pass(x, squeezes):
     """Also in inference mode, whose tensors cannot be used outside of it."""
     layer = randomize(LAYERS['kxk']())
-    with squeezed_once():
+    with cached():
         for _ in range(2):
             with torch.inference_mode():
                 layer(x)
@@ -252,14 +282,14 @@ def test_transforms_inside_a_forward_pass(x):
                 torch.func.jvp(called, (parameters,), (parameters,))[1], layer(x)]
 
     expected = run()
-    with squeezed_once():
+    with cached():
         for one, other in zip(run(), expected):
             assert relative_error(one, other) < 1e-5
 
 
 def test_what_is_handed_out_is_not_what_is_shared(x):
     layer = randomize(LAYERS['kxk']())
-    with squeezed_once():
+    with cached():
         expected = layer(x)
         layer.weight.untyped_storage().fill_(7)
         assert torch.equal(layer(x), expected)
@@ -283,8 +313,7 @@ def test_nothing_outlives_a_pass(x):
     class Net(Levels):
         def forward(self, x, fails):
             loss = super().forward(x)
-            kernels.extend(weakref.ref(kept.kernel) for modes in scope._open.get().values()
-                           for kept in modes.values())
+            kernels.extend(weakref.ref(kernel) for _, kernel in sharing.current().kernels.values())
             if fails:
                 raise ValueError('planted')
             return loss
@@ -296,7 +325,8 @@ def test_nothing_outlives_a_pass(x):
     loss = model(x, False)
     assert len(kernels) == 3
     assert kernels[2]() is not None  # autograd needs it
-    assert scope._open.get() is None
+    assert sharing.current() is None
+    assert not sharing._open.contexts
     del loss
     gc.collect()
     assert [kernel() for kernel in kernels] == [None] * 3
@@ -316,7 +346,6 @@ def test_a_teacher_inside_a_model(x, squeezes):
     class Student(Levels):
         def forward(self, x):
             self.teacher.update_parameters(self.student)
-            self.teacher.train()  # which forgets
             with torch.no_grad():
                 target = self.teacher(x)
             return (self.student(x) + super().forward(x) - target).square()
@@ -341,7 +370,7 @@ def test_a_teacher_inside_a_model(x, squeezes):
 
 def test_each_thread_has_its_own(x, squeezes):
     layer = randomize(LAYERS['kxk']())
-    with squeezed_once():
+    with cached():
         layer(x)
         thread = threading.Thread(target=layer, args=(x,))
         thread.start()
@@ -381,14 +410,289 @@ def test_models_without_our_layers_are_called_as_ever(x):
     assert torch.equal(y, model.conv(x))
     assert seen == [((x,), {'mode': 'loss'})]
     call = BaseModel.__call__
-    scope.open_in_forward_passes()
+    patch()
     assert BaseModel.__call__ is call
 
 
-def test_scopes_in_one_another_are_one(x, squeezes):
+def test_contexts_in_one_another_are_one(x, squeezes):
     layer = OREPAConv2d(4, 4, 3, padding=1)
-    with squeezed_once():
-        with squeezed_once():
+    with cached():
+        with cached():
             layer(x)
         layer(x)
     assert len(squeezes) == 1
+
+
+# --- who shares with whom ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('case', LAYERS)
+@pytest.mark.parametrize('order', [(False, True), (True, False), (True, False, True, True)])
+def test_gradients_that_are_switched_on_and_off_in_a_pass(order, case, x):
+    """Each call has the gradients that it has outside of the context."""
+    layer, x = randomize(LAYERS[case]()).double(), x.double()
+
+    def loss():
+        total = 0
+        for number, flag in enumerate(order, 1):
+            layer.requires_grad_(flag)
+            total = total + layer(x * number).square().mean()
+        layer.requires_grad_(True)
+        return total
+
+    expected = gradients(layer, loss())
+    with cached():
+        found = loss()
+    assert_same(gradients(layer, found), expected, 1e-10)
+
+
+def test_one_branch_that_is_frozen_between_two_calls(x, squeezes):
+    layer = randomize(LAYERS['kxk']()).double()
+    x = x.double()
+
+    def loss():
+        first = layer(x).sum()
+        layer.vector.requires_grad_(False)
+        total = first + layer(2 * x).square().sum()
+        layer.vector.requires_grad_(True)
+        return total
+
+    expected = gradients(layer, loss())
+    with cached():
+        found = loss()
+    assert_same(gradients(layer, found), expected, 1e-10)
+    assert len(squeezes) == 4
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('case', LAYERS)
+def test_losses_that_go_backward_one_after_the_other(case, dtype, x):
+    """As of a stock layer: nobody asks for retain_graph."""
+    class Two(BaseModel):
+        def forward(self, x):
+            return self.conv(x).square().mean(), self.conv(2 * x).mean()
+
+    model = Two()
+    model.conv = randomize(LAYERS[case]()).to(dtype)
+    x = x.to(dtype)
+    expected = gradients(model, sum(model.forward(x)))
+    model.zero_grad()
+    for loss in model(x):
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert_same(found, expected, 64 * torch.finfo(dtype).eps)
+
+
+def test_a_branch_that_is_written_between_forward_and_backward(x):
+    """PyTorch's own error for stock layers."""
+    layer = randomize(LAYERS['kxk']())
+    loss = layer(x).sum()
+    with torch.no_grad():
+        layer.weight_orepa_origin.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an in-place operation'):
+        loss.backward()
+
+
+def suspended():
+    with cached():
+        yield
+
+
+def test_a_suspended_generator_leaves_nothing_open_in_its_caller(x, squeezes):
+    layer, generator = randomize(LAYERS['kxk']()), suspended()
+    next(generator)
+    assert sharing.current() is None
+    for _ in range(2):
+        assert relative_error(layer(x), expected_output(layer, x)) < 1e-5
+        layer.vector.data.mul_(2)
+    assert len(squeezes) == 4
+    del generator
+    assert not sharing._open.contexts
+
+
+def test_a_generator_shares_in_its_own_frame(x, squeezes):
+    layer = randomize(LAYERS['kxk']())
+
+    def levels():
+        with cached():
+            for step in (1, 2, 3):
+                yield layer(x[..., ::step, ::step])
+
+    for y in levels():
+        layer(x)  # of the caller
+        assert y.requires_grad
+    assert len(squeezes) == 1 + 3
+
+
+def test_a_generator_that_another_thread_closes(x):
+    generators = [suspended()]
+    next(generators[0])
+    thread = threading.Thread(target=generators.clear)
+    thread.start()
+    thread.join()
+    assert not sharing._open.contexts
+
+
+def test_tasks_that_take_turns(x, squeezes):
+    layer = randomize(LAYERS['kxk']())
+
+    async def loss():
+        with cached():
+            first = layer(x)
+            await asyncio.sleep(0)
+            return (first * layer(x)).sum()
+
+    async def both():
+        return await asyncio.gather(loss(), loss())
+
+    total = sum(asyncio.run(both()))
+    assert len(squeezes) == 2
+    assert_same(gradients(layer, total), gradients(layer, 2 * (layer(x) * layer(x)).sum()), 1e-4)
+
+
+def test_a_graph_that_is_recorded_inside_holds_no_kernel_of_outside(x):
+    """`make_fx`, and any other dispatch mode, squeezes for itself."""
+    layer = randomize(LAYERS['kxk']())
+    parameters = dict(layer.named_parameters())
+    doubled = {name: 2 * p for name, p in parameters.items()}
+
+    def run(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    with torch.no_grad(), cached():
+        layer(x)
+        graph = make_fx(run)(parameters, x)
+        assert relative_error(graph(doubled, x), run(doubled, x)) < 1e-5
+        constant = make_fx(lambda x: layer(x))(x)  # parameters are attributes of the graph
+        layer.vector.mul_(3)
+        assert relative_error(constant(x), layer(x)) < 1e-5
+
+
+def test_a_block_of_the_users_own_shares_what_has_no_gradient(x):
+    """PyTorch's graph of it is gone through once."""
+    class Own(ReparamConv2d):
+        squeezes = 0
+
+        def __init__(self):
+            super().__init__(4, 4, 3, bias=False)
+            self.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+        def squeeze(self, dtype=None, device=None):
+            self.squeezes += 1
+            return self.kernel.exp()
+
+        def _reference(self):
+            return self.kernel
+
+    layer = Own()
+    with cached():
+        losses = layer(x).sum(), layer(x).sum()
+        for loss in losses:
+            loss.backward()
+        assert layer.squeezes == 2
+        with torch.no_grad():
+            layer(x), layer(x)
+    assert layer.squeezes == 3
+
+
+# --- outside of a context nothing is remembered -------------------------------------------
+
+
+def teacher_of_mmengine(layer, kind, **options):
+    average = kind(layer, **options).eval()
+    return average, lambda: average.update_parameters(layer)
+
+
+def teacher_by_data(layer):
+    teacher = copy.deepcopy(layer).eval()
+
+    def update():
+        for mine, theirs in zip(teacher.parameters(), layer.parameters()):
+            mine.data.mul_(0.5).add_(theirs.data, alpha=0.5)
+    return teacher, update
+
+
+def teacher_by_numpy(layer):
+    teacher = copy.deepcopy(layer).eval()
+
+    def update():
+        for parameter in teacher.parameters():
+            parameter.detach().cpu().numpy()[...] *= 1.1
+    return teacher, update
+
+
+TEACHERS = {
+    'ExponentialMovingAverage': lambda layer: teacher_of_mmengine(
+        layer, ExponentialMovingAverage, momentum=0.5),
+    'StochasticWeightAverage': lambda layer: teacher_of_mmengine(layer, StochasticWeightAverage),
+    'MomentumAnnealingEMA': lambda layer: teacher_of_mmengine(layer, MomentumAnnealingEMA),
+    'AveragedModel of PyTorch': lambda layer: teacher_of_mmengine(
+        layer, AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+    '.data': teacher_by_data,
+    'NumPy': teacher_by_numpy,
+}
+
+
+@pytest.mark.parametrize('device', ['cpu'], indirect=True)
+@pytest.mark.parametrize('kind', TEACHERS)
+def test_a_teacher_in_eval_mode_follows_its_weights_of_each_step(device, kind, x):
+    student = nn.Sequential(*(randomize(build()) for build in (LAYERS['kxk'], lambda: OREPAConv2d(
+        6, 4, 3)))).train()
+    teacher, update = TEACHERS[kind](student)
+    with torch.no_grad():
+        for _ in range(4):
+            for parameter in student.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            update()
+            assert relative_error(teacher(x), copy.deepcopy(teacher)(x)) < 1e-6
+
+
+@pytest.mark.parametrize('device', ['cpu'], indirect=True)
+@pytest.mark.parametrize('kind', FUSED)
+def test_a_look_in_eval_mode_between_steps_of_a_fused_optimizer(device, kind, x):
+    layer = randomize(LAYERS['kxk']()).eval()
+    optimizer = kind(layer.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        layer(x).square().mean().backward()
+        with torch.no_grad():
+            before = layer(x)
+            optimizer.step()
+            after = layer(x)
+            assert relative_error(after, expected_output(layer, x)) < 1e-5
+        assert relative_error(after, before) > 1e-3
+
+
+def test_threads_that_evaluate_train_and_change_modes(x):
+    """Each its own; nothing of the process is switched."""
+    layer, errors, stop = randomize(LAYERS['kxk']()).eval(), [], threading.Event()
+    expected = layer(x).detach()
+    precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+
+    def work(call):
+        while not stop.is_set():
+            try:
+                call()
+            except Exception as error:
+                errors.append(repr(error))
+                return
+
+    def look():
+        with torch.no_grad(), cached():
+            for _ in range(2):
+                assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(call,)) for call in (
+            look, look, lambda: layer(x).sum().backward(), lambda: layer.train().eval())]
+        for thread in threads:
+            thread.start()
+        stop.wait(1)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert precision == (torch.backends.cuda.matmul, torch.get_float32_matmul_precision())

@@ -6,83 +6,95 @@ import functools
 import logging
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..logs import log
 from . import gradients, squeeze
-from .kept import is_recorded
 from .precision import without_autocast
+from .sharing import _functorch_is_active
 
 #: `_Compiled` looks at shapes itself; what is generated checks them again.
 _OPTIONS: dict[str, Any] = {'guard_filter_fn': torch.compiler.skip_all_guards_unsafe} if hasattr(
     torch.compiler, 'skip_all_guards_unsafe') else {}
-_functorch_is_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
+
+_version = attrgetter('_version')
 
 
-def squeezed(block: str, tensors: Mapping[str, Tensor | None], options: Mapping[str, Any],
-             compiled: bool = False) -> Tensor:
+def squeezed(block: str, names: Sequence[str], tensors: Sequence[Tensor],
+             options: Mapping[str, Any], compiled: bool = False) -> Tensor:
     """The kernel of a block.
 
     Where a gradient may be asked for, it is made by `gradients`, and the graph
-    holds nothing but the given tensors. A second derivative goes through the
-    operations of the squeeze, as do `torch.func`, forward mode, and whatever records a
-    graph.
+    holds nothing but the given tensors, and can be gone through again. A second derivative
+    goes through the operations of the squeeze, as do `torch.func`, forward mode,
+    and whatever records a graph.
 
     Args:
         block: Name of a function in `squeeze`.
-        tensors: Its tensors by name.
+        names: Names of its tensors.
+        tensors: These, in that order.
         options: Its other arguments, which are hashable.
         compiled: Whether to run it through `torch.compile`, see `_Compiled`.
 
     Returns:
         Kernel `(o, i, k, k)`.
     """
-    if (is_recorded() or _functorch_is_active()
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing() or _functorch_is_active()
             or getattr(forward_ad, '_current_level', -1) >= 0):
-        return getattr(squeeze, block)(**tensors, **options)
+        return getattr(squeeze, block)(**dict(zip(names, tensors)), **options)
     if not torch.is_grad_enabled():
-        return _runner(block, False, compiled)(**tensors, **options)
-    return _Squeeze.apply(block, compiled, tuple(tensors), tuple(options.items()),
-                          *tensors.values())
+        return _runner(block, False, compiled)(**dict(zip(names, tensors)), **options)
+    return _Squeeze.apply(block, names, options, compiled, *tensors)
 
 
 class _Squeeze(torch.autograd.Function):
-    """The squeeze of a block with its gradients."""
+    """The squeeze of a block with its gradients.
+
+    It holds its inputs by itself: what PyTorch saves for it would be gone after
+    the first of two losses that share a kernel went backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, block: str, compiled: bool, names: tuple[str, ...],
-                options: tuple[tuple[str, Any], ...], *tensors: Tensor | None) -> Tensor:
-        ctx.call = block, compiled, names, options
-        ctx.save_for_backward(*tensors)
-        return _runner(block, False, compiled)(**dict(zip(names, tensors)), **dict(options))
+    def forward(ctx: Any, block: str, names: Sequence[str], options: Mapping[str, Any],
+                compiled: bool, *tensors: Tensor) -> Tensor:
+        ctx.call = block, names, options, compiled
+        ctx.tensors, ctx.versions = tensors, list(map(_version, tensors))
+        return _runner(block, False, compiled)(**dict(zip(names, tensors)), **options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        block, compiled, names, options = ctx.call
-        tensors = dict(zip(names, ctx.saved_tensors))
+        block, names, options, compiled = ctx.call
+        if list(map(_version, ctx.tensors)) != ctx.versions:
+            raise RuntimeError(
+                'a branch of a generated kernel was modified by an in-place operation after the '
+                'forward pass and before the backward pass: its gradient would be another one. '
+                'Go backward before optimizer.step() and other writes')
+        tensors = dict(zip(names, ctx.tensors))
         with without_autocast(grad.device):
-            found = (_through_the_operations(block, tensors, dict(options), grad)
-                     if torch.is_grad_enabled() else  # a second derivative
-                     _runner(block, True, compiled)(grad, **tensors, **dict(options)))
-        return (None, None, None, None, *(found.get(name) for name in names))
+            found = (_through_the_operations(block, tensors, options, grad)
+                     if torch.is_grad_enabled()  # a second derivative
+                     or not hasattr(gradients, block) else
+                     _runner(block, True, compiled)(grad, **tensors, **options))
+        return (None, None, None, None, *[found.get(name) for name in names])
 
 
-def _through_the_operations(block: str, tensors: Mapping[str, Tensor | None],
+def _through_the_operations(block: str, tensors: Mapping[str, Tensor],
                             options: Mapping[str, Any], grad: Tensor) -> dict[str, Tensor]:
-    """Gradients that have gradients themselves."""
-    # each under a name of its own: two branches may be one tensor, or depend on each other
-    tensors = {name: None if tensor is None else tensor.view_as(tensor)
-               for name, tensor in tensors.items()}
-    kernel = getattr(squeeze, block)(**tensors, **options)
-    inputs = {name: tensor for name, tensor in tensors.items()
-              if tensor is not None and tensor.requires_grad}
+    """Gradients by PyTorch's own rules; they have gradients themselves where that is asked for."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # each under a name of its own: two branches may be one tensor, or depend on each other
+        tensors = {name: tensor.view_as(tensor) for name, tensor in tensors.items()}
+        kernel = getattr(squeeze, block)(**tensors, **options)
+    inputs = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     return dict(zip(inputs, torch.autograd.grad(kernel, list(inputs.values()), grad,
-                                                create_graph=True)))
+                                                create_graph=create_graph)))
 
 
 @functools.cache
@@ -133,12 +145,12 @@ class _Compiled:
             result = run(*args, **kwargs)
         except Exception as error:  # whatever a missing compiler raises
             _Compiled.failed = True
-            print_log(f'the squeeze runs without torch.compile, which fails here: '
+            log(f'the squeeze runs without torch.compile, which fails here: '
                       f'{str(error).strip().splitlines()[0] or type(error).__name__}',
-                      'current', logging.WARNING)
+                      logging.WARNING)
             return self.function(*args, **kwargs)
         self.by_shape[key] = run
         shape = ' x '.join(map(str, kwargs['origin'].shape))
-        print_log(f'compiled {self.function.__module__.rpartition(".")[2]}.{code.co_name} for a '
-                  f'kernel of {shape} in {time.perf_counter() - start:.1f} s', 'current')
+        log(f'compiled {self.function.__module__.rpartition(".")[2]}.{code.co_name} for a '
+                  f'kernel of {shape} in {time.perf_counter() - start:.1f} s')
         return result

@@ -3,10 +3,10 @@
 import torch
 from helpers import LAYERS, randomize, relative_error
 from mmengine.model import BaseModel
-from test_once_per_forward import Levels, assert_same, gradients, unscoped
+from test_cached import Levels, assert_same, gradients, unscoped
 from torch import fx, nn
 
-from orepa_mm.layers import squeezed_once
+from orepa_mm.layers import cached
 
 
 def test_recorded_models_squeeze_at_each_call(x):
@@ -20,7 +20,7 @@ def test_recorded_models_squeeze_at_each_call(x):
         assert relative_error(recorded(x), expected) < 1e-5
     loss = compiled(x)
     assert_same(gradients(model, loss), gradients(model, unscoped(model, x)), 1e-5)
-    with squeezed_once():
+    with cached():
         assert torch.equal(model(x), expected)
         assert relative_error(compiled(x), expected) < 1e-5
     with torch.no_grad():
@@ -33,7 +33,7 @@ def test_a_scope_inside_a_compiled_function(x):
     layer = randomize(LAYERS['kxk']())
 
     def twice(x):
-        with squeezed_once():
+        with cached():
             return layer(x).sum() + layer(x).square().sum()
 
     compiled = torch.compile(twice, backend='aot_eager', fullgraph=True)

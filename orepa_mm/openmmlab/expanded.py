@@ -1,4 +1,4 @@
-"""A stock model in training form, from its own config: `type='Expanded'`."""
+"""Stock models from their own configs: in training form, or with their BN folded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..layers import ReparamConv2d, reparam_layers
-from .expand import expand as expand_model
-from .expand import replaced
+from ..reparam import expand as expand_model
+from ..reparam import fold_batch_norm
+from ..reparam.copies import replaced
 
 #: Options of `expand` that a config may give.
 _OPTIONS = ('conv_cfg', 'include', 'exclude')
@@ -68,6 +69,29 @@ def build_expanded(model_type: str, expand: Mapping[str, Any] | None = None, **c
     return model
 
 
+@MODELS.register_module(name='BNFolded')
+def build_bn_folded(model_type: str, **cfg: Any) -> nn.Module:
+    """Build a stock model whose BN is folded, for the weights that were saved of one.
+
+    No stock config can say that a convolution before a BN has a bias and the
+    BN is gone. This builds the stock model, folds, and returns it: whatever
+    reads the config or the model finds the stock one.
+
+    Args:
+        model_type: The stock model, e.g. `FasterRCNN`.
+        **cfg: Its config.
+
+    Returns:
+        The stock model, `nn.Identity` in place of each folded BN.
+
+    Example:
+        >>> model = dict(type='BNFolded', model_type='FasterRCNN', backbone=...)
+    """
+    model = MODELS.build({'type': model_type, **cfg})
+    fold_batch_norm(model)
+    return model
+
+
 def stock_cfg_of_expanded(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the model that is expanded.
 
@@ -85,6 +109,7 @@ def _init_in_plain_form(model: Any, blocks: Sequence[ReparamConv2d]) -> None:
     hold them already.
     """
     del model.init_weights  # from here on it is that of the class
+    blocks = [block for block in blocks if isinstance(block, ReparamConv2d)]  # not re-parameterized
     convs = [block.to_conv2d() for block in blocks]
     replaced(model, dict(zip(blocks, convs)))
     _note_parameters(model, convs)
