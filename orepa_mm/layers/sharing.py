@@ -90,6 +90,7 @@ class cached:
             self._frame = None
             self.kernels.clear()
 
+
 def current(frame: FrameType | None = None) -> cached | None:
     """The context that serves a frame: one that it, or a frame that called it, has opened.
 
