@@ -61,11 +61,12 @@ def build_expanded(model_type: str, expand: Mapping[str, Any] | None = None, **c
     model = MODELS.build({'type': model_type, **cfg})
     before = set(reparam_layers(model))
     model = expand_model(model, **options, inplace=True)
-    blocks = [block for block in reparam_layers(model) if block not in before]
+    blocks = set(reparam_layers(model)) - before
     if hasattr(model, 'init_weights') and model not in blocks:
         # on the instance, since its class stays the stock one; copies get a partial of their own
         model.init_weights = functools.partial(  # type: ignore[assignment]
-            _init_in_plain_form, model, blocks)
+            _init_in_plain_form, model,
+            [name for name, module in model.named_modules() if module in blocks])
     return model
 
 
@@ -102,14 +103,15 @@ def stock_cfg_of_expanded(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {**stock, 'type': cfg['model_type']}
 
 
-def _init_in_plain_form(model: Any, blocks: Sequence[ReparamConv2d]) -> None:
+def _init_in_plain_form(model: Any, names: Sequence[str]) -> None:
     """Initialise a model as its stock class does, with plain convolutions in place of blocks.
 
     The blocks and their parameters stay the same objects: an optimizer may
     hold them already.
     """
     del model.init_weights  # from here on it is that of the class
-    blocks = [block for block in blocks if isinstance(block, ReparamConv2d)]  # not re-parameterized
+    blocks = [block for block in map(model.get_submodule, names)
+              if isinstance(block, ReparamConv2d)]  # else it was re-parameterized
     convs = [block.to_conv2d() for block in blocks]
     replaced(model, dict(zip(blocks, convs)))
     _note_parameters(model, convs)

@@ -38,7 +38,8 @@ def convolutions(layers: Mapping[ReparamConv2d, str]) -> dict[nn.Module, nn.Modu
         conv = _convolution(layer, name)
         branches = {key: id(value) for key, value in layer.named_parameters() if key != 'bias'}
         first = tied.setdefault((type(layer), layer.kernel_shape, *branches.items()), conv)
-        if branches and torch.equal(first.weight, conv.weight):
+        if branches and first is not conv and (
+                conv.weight.is_meta or torch.equal(first.weight, conv.weight)):
             conv.weight = first.weight
         if layer.bias is not None:
             first = tied.setdefault(id(layer.bias), conv)

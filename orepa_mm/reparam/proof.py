@@ -33,18 +33,28 @@ def exact(module: nn.Module) -> torch.dtype | None:
 def stays_same(module: nn.Module, change: Callable[[nn.Module], object]) -> bool:
     """Whether a module computes the same after a change of it, or runs on no random input.
 
+    With BN and biases drawn at random: a fresh one commutes with much, and what can be changed
+    shall not depend on what was trained.
+
     Args:
         module: Left as it is.
         change: Is called with a copy.
     """
     if type(module) is nn.Sequential:  # calls its children in their order
         return True
-    before, after = (own_copy(module) for _ in range(2))
-    for copied in (before, after):
-        if exact(module) is not None:
-            copied.double()
-        for part in copied.modules():
-            part.training = False
+    before = own_copy(module)
+    if exact(module) is not None:
+        before.double()
+    generator = torch.Generator().manual_seed(0)
+    for part in before.modules():
+        part.training = False
+        drawn = {_BatchNorm: ('running_mean', 'running_var', 'weight', 'bias'),
+                 nn.Conv2d: ('bias',)}
+        for tensor in (getattr(part, name) for kind, names in drawn.items()
+                       if isinstance(part, kind) for name in names):
+            if tensor is not None:
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    after = own_copy(before)
     with torch.no_grad():
         change(after)
     error = difference(before, after)

@@ -247,6 +247,26 @@ def test_what_trainers_do_with_a_yolo():
     assert relative_error(anew(x), loaded(x)) < 1e-6
 
 
+def test_libreyolo():
+    """The example of docs/any-model.md, where LibreYOLO is installed."""
+    package = pytest.importorskip('libreyolo.models.yolo9.nn')
+    model, x = vary(package.LibreYOLO9Model(config='t', nb_classes=2)).eval(), images(96)
+    expanded = expand(model, exclude='head.dfl.*')
+
+    def boxes(network):
+        return network(x)['predictions']
+
+    with torch.no_grad():
+        expected = boxes(model)
+        assert relative_error(boxes(expanded), expected) < 1e-4
+        deployed = reparameterize(expanded)
+        assert relative_error(boxes(deployed), expected) < 1e-4
+        assert all(hasattr(block, 'conv') for block in deployed.modules()
+                   if isinstance(block, package.RepConvN))
+        assert relative_error(boxes(expanded.fuse()), expected) < 1e-4
+        assert relative_error(boxes(reparameterize(expanded)), expected) < 1e-4
+
+
 # --- torchvision and timm ----------------------------------------------------------------
 
 def detections(model):
