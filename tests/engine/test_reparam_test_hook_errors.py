@@ -31,14 +31,14 @@ def test_a_difference_is_logged_and_training_goes_on(tmp_path, wrong_conversion)
     errors = log_of(tmp_path, 'ERROR')
     assert len(errors) == 2
     assert 'THE DEPLOYED FORM DIFFERS from the training form on batch 0' in errors[0]
-    assert 'features in float32: ' in errors[0]
+    assert 'backbone in float32: ' in errors[0]
     assert 'starts in the layer backbone.4' in errors[0]
 
 
 def test_a_difference_stops(tmp_path, wrong_conversion):
     runner = build(tmp_path, dict(OURS, stop_on_difference=True))
     model = runner.model
-    with pytest.raises(VerificationError, match='features in float32'):
+    with pytest.raises(VerificationError, match='backbone in float32'):
         runner.train()
     assert runner.model is model
     assert (tmp_path / 'epoch_1.pth').is_file()
