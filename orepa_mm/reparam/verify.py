@@ -23,7 +23,7 @@ from .verification_report import OutputError, VerificationReport
 TOLERANCE = 1e-4
 #: Units of rounding by which a stored tensor may be off, and by which kernels stored in half
 #: precision may make outputs differ.
-UNITS = 8
+TENSOR_UNITS, OUTPUT_UNITS = 4, 8
 #: Largest scale-relative error of the kernel of a stem whose chain was made to generate it.
 CHAIN_TOLERANCE = 1e-5
 
@@ -100,7 +100,7 @@ def verify(before: nn.Module, after: nn.Module, inputs: Batch | Sequence[Batch]
                     else:
                         errors[name] = max(error, errors.get(name, 0.0))
         others = differences(expected, after, before)
-    tolerance = max(TOLERANCE, UNITS * unit)
+    tolerance = max(TOLERANCE, OUTPUT_UNITS * unit)
     return VerificationReport(
         tuple(OutputError(name, 'float32', errors[name], tolerance) for name in sorted(errors)),
         tensors, others, tuple(layers_with_branches(after)),
@@ -141,7 +141,7 @@ def _tensor_errors(expected: nn.Module, after: nn.Module, layers: Mapping[str, A
     for name, tensor in theirs.items():
         if name in found and tensor.numel() and not name.endswith('num_batches_tracked'):
             other, layer = found[name], layers.get(name.rpartition('.')[0])
-            tolerance = UNITS * max(map(_unit, (tensor, other)))
+            tolerance = TENSOR_UNITS * max(map(_unit, (tensor, other)))
             channels = len(tensor) if tensor.dim() > 1 else 1
             error = scale_relative_error(tensor, other, channels)
             if layer is not None and error > tolerance and tensor.shape == layer.kernel_shape:

@@ -15,7 +15,7 @@ from torch import nn
 from orepa_mm.layers import OREPAConv1x1, OREPAConv2d, OREPAStemConv2d
 from orepa_mm.reparam import expand, reparameterize, verify
 from orepa_mm.reparam.raw_outputs import scale_relative_error
-from orepa_mm.reparam.verify import TOLERANCE, UNITS
+from orepa_mm.reparam.verify import TENSOR_UNITS, TOLERANCE
 
 
 def model():
@@ -223,7 +223,7 @@ def test_a_tensor_spoiled_by_a_hundred_tolerances_fails(dtype, fold_bn):
     unit = torch.finfo(dtype).eps
     for name, parameter in after.named_parameters():
         part, original = parameter.data[-1:], parameter.detach().clone()
-        for units, passed in ((1, True), (100 * UNITS, False)):
+        for units, passed in ((1, True), (100 * TENSOR_UNITS, False)):
             size = parameter.abs().max() if parameter.dim() == 1 else part.abs().max()
             part.add_(units * unit * size * (part.abs() == part.abs().max()))
             report = verify(before, after, images().to(dtype))
