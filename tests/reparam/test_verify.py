@@ -565,7 +565,9 @@ def test_every_kind_of_tensor_counts(name):
     put('function', lambda m: copy.deepcopy(m.function)),
     put('scale', lambda m: copy.deepcopy(m.scale)),
     lambda m: m(torch.rand(1, 3, 32, 32)),
-    lambda m: m.requires_grad_(False), lambda m: m.train()], ids=str)
+    lambda m: m.requires_grad_(False), lambda m: m.train()],
+    ids=['inplace', 'momentum', 'dropout', 'identity', 'drop path', 'batches', 'SyncBN', 'function',
+         'scale', 'a pass', 'frozen', 'train'])
 def test_what_no_output_in_eval_mode_depends_on_does_not_count(change):
     before = randomize(Everything()).eval()
     after = reparameterize(before)
