@@ -82,7 +82,8 @@ def test_reparam(deployed):
     assert sorted(p.name for p in deployed.iterdir()) == ['config.py', 'model.pth', 'report.json']
     report = json.loads((deployed / 'report.json').read_text())
     assert report['verification']['passed']
-    assert report['largest_difference']['float64'] < 1e-6
+    assert report['largest_difference']['tensors'] < 1e-6
+    assert report['largest_difference']['float32'] < 1e-4
     assert report['parameters']['deployed'] < report['parameters']['training']
     assert report['multiply_adds']['deployed'] < report['multiply_adds']['training']
     for name, value in report['metrics']['training'].items():

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from orepa_mm import expand, reparameterize
 from orepa_mm.layers import (
     DBBConv2d,
+    FoldedNorm,
     OREPAConv1x1,
     OREPAConv2d,
     OREPAStemConv2d,
@@ -478,4 +479,4 @@ def test_of_several_norms_those_that_follow_are_folded():
     model.a, model.b = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     model.forward = lambda x: model.b(model.a(Called1.forward(model, x)))
     assert fold_batch_norm(randomize(model).eval()) == 1
-    assert type(model.b) is nn.Identity
+    assert type(model.b) is FoldedNorm
