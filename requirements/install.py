@@ -91,7 +91,8 @@ class Environment:
     def create(self) -> None:
         """Make the environment, or see that the one there is ours and starts."""
         made, place = self.made(), str(self.path.resolve())
-        if self.path.exists() and any(self.path.iterdir()) and not made:
+        if os.path.lexists(self.path) and not made and (
+                not self.path.is_dir() or any(self.path.iterdir())):
             problem = 'was not made by this set-up'
         elif made.get('stack', self.stack) != self.stack:
             problem = f'holds the stack {made["stack"]}, which has the same import names'

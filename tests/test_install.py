@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,14 @@ def test_what_it_did_not_make_is_left_alone(folder, content, answers):
     assert env.ran == []
     assert (folder / content).read_text() == 'mine'
     assert len(list(folder.rglob('*'))) == len(Path(content).parts)
+
+
+@pytest.mark.parametrize('kind', ['a file', 'a link that leads nowhere'])
+def test_what_is_no_folder_is_left_alone(folder, kind, answers):
+    folder.write_text('mine') if kind == 'a file' else folder.symlink_to('gone')
+    with pytest.raises(install.SetupError, match='was not made by this set-up'):
+        Recorded(folder).set_up([])
+    assert os.path.lexists(folder)
 
 
 def finished(folder, stack='official', **facts):
