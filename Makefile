@@ -6,6 +6,7 @@ STACK  ?= official
 VENV   := $(if $(filter official,$(STACK)),.venv,.venv-$(STACK))
 BIN    := $(VENV)/bin
 DEMO   := work_dirs/demo
+STEPS  := 300
 BENCH  := work_dirs/bench
 CONFIG := faster-rcnn_orepa-r18-light_fpn_400i_coco.py
 MIM    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
@@ -38,10 +39,11 @@ demo: setup
 $(DEMO)/shapes/annotations/instances_val2017.json:
 	$(MIM) run orepa_mm make_shapes $(DEMO)/shapes
 
-$(DEMO)/train/iter_400.pth: $(DEMO)/shapes/annotations/instances_val2017.json
-	$(MIM) train orepa_mm $(CONFIG) --gpus 0 --work-dir $(DEMO)/train --data-root $(DEMO)/shapes --resume
+$(DEMO)/train/iter_$(STEPS).pth: $(DEMO)/shapes/annotations/instances_val2017.json
+	$(MIM) train orepa_mm $(CONFIG) --gpus 0 --work-dir $(DEMO)/train --data-root $(DEMO)/shapes --resume \
+	    --cfg-options train_cfg.max_iters=$(STEPS)
 
-$(DEMO)/deployed/report.json: $(DEMO)/train/iter_400.pth
+$(DEMO)/deployed/report.json: $(DEMO)/train/iter_$(STEPS).pth
 	$(MIM) run orepa_mm reparam $(CONFIG) $< --work-dir $(DEMO)/test \
 	    --data-root $(DEMO)/shapes --out $(DEMO)/deployed
 

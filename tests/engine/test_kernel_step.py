@@ -1,5 +1,7 @@
 """The relative step of the kernels, against a step that is known."""
 
+import itertools
+
 import pytest
 import torch
 from mmengine.logging import MessageHub
@@ -8,11 +10,13 @@ from torch import nn
 from orepa_mm.engine import KernelStepHook
 from orepa_mm.layers import build_orepa_conv
 
+_numbers = itertools.count()  # of hubs, which are kept by name
+
 
 class Runner:
     def __init__(self, model):
         self.model, self.iter = model, 0
-        self.message_hub = MessageHub.get_instance(f'kernel step {id(self)}')
+        self.message_hub = MessageHub.get_instance(f'kernel step {next(_numbers)}')
 
     def step(self, hook, change):
         hook.before_train_iter(self, self.iter)
