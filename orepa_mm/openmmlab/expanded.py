@@ -83,7 +83,7 @@ def build_bn_folded(model_type: str, **cfg: Any) -> nn.Module:
         **cfg: Its config.
 
     Returns:
-        The stock model, `nn.Identity` in place of each folded BN.
+        The stock model, `FoldedNorm` in place of each folded BN.
 
     Example:
         >>> model = dict(type='BNFolded', model_type='FasterRCNN', backbone=...)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NothingToConvertError
-from ..layers import ReparamConv2d, cached, reparam_layers
+from ..layers import FoldedNorm, ReparamConv2d, cached, reparam_layers
 from ..layers.precision import exact_float32
 from .copies import own_copy
 from .fold import fold_batch_norm
@@ -119,7 +119,7 @@ def layers_with_branches(model: nn.Module) -> dict[str, ReparamConv2d]:
 
 def _re_parameterized(before: nn.Module, after: nn.Module) -> nn.Module:
     """What the model after should be."""
-    folded = any(getattr(module, 'folded_norm', False) for module in after.modules())
+    folded = any(isinstance(module, FoldedNorm) for module in after.modules())
     try:
         return converted(before, fold_bn=folded)[0]
     except NothingToConvertError:  # both forms are plain, or differ by folding only
